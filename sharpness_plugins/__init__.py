@@ -1,0 +1,1 @@
+"""Sharpness of minima, measured honestly and fast, on any PyTorch model."""

@@ -1,0 +1,109 @@
+"""Progress of a measurement: the event that the data loop emits, and who draws it where."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+__all__ = ["ProgressEvent", "ProgressListener", "resolve_listener"]
+
+REDRAW_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """Emitted after every batch, and with ``metric=None`` once at the end.
+
+    Attributes:
+        metric: key of the metric that is being measured, or None when all are done.
+        passes: sweeps over the data so far for this metric, fractions included.
+        expected_passes: what the metric says it will need, or None where it does not know.
+        seconds: since this metric began.
+    """
+
+    metric: str | None
+    passes: float
+    expected_passes: float | None
+    seconds: float
+
+    @property
+    def seconds_left(self) -> float | None:
+        if not self.expected_passes or self.passes <= 0:
+            return None
+        return max(self.expected_passes - self.passes, 0.0) * self.seconds / self.passes
+
+    def __str__(self) -> str:
+        if self.metric is None:
+            return ""
+        of = f" of about {self.expected_passes:.0f}" if self.expected_passes else ""
+        left = "" if self.seconds_left is None else f", about {_clock(self.seconds_left)} left"
+        return f"{self.metric}: {self.passes:.1f}{of} passes over the data, {_clock(self.seconds)}{left}"
+
+
+ProgressListener = Callable[[ProgressEvent], None]
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    return f"{whole // 60}:{whole % 60:02d}"
+
+
+class TerminalProgress:
+    """One line on a terminal, redrawn in place and wiped at the end."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._drawn_at = 0.0
+        self._width = 0
+
+    def __call__(self, event: ProgressEvent) -> None:
+        now = time.monotonic()
+        if event.metric is not None and now - self._drawn_at < REDRAW_SECONDS:
+            return
+        self._drawn_at = now
+        text = str(event)
+        self._stream.write("\r" + text.ljust(self._width) + ("" if text else "\r"))
+        self._stream.flush()
+        self._width = len(text)
+
+
+class NotebookProgress:
+    """One output area in a notebook, updated in place."""
+
+    def __init__(self, display: Callable[..., Any]) -> None:
+        self._handle = display({"text/plain": ""}, raw=True, display_id=True)
+        self._drawn_at = 0.0
+
+    def __call__(self, event: ProgressEvent) -> None:
+        now = time.monotonic()
+        if event.metric is not None and now - self._drawn_at < REDRAW_SECONDS:
+            return
+        self._drawn_at = now
+        self._handle.update({"text/plain": str(event)}, raw=True)
+
+
+def resolve_listener(progress: bool | ProgressListener | None, stream: TextIO | None = None) -> ProgressListener | None:
+    """Who hears of progress: a callable as given, a drawing where somebody looks, nobody in a log.
+
+    Args:
+        progress: None draws in a notebook and on a terminal only; True draws on ``stream`` whatever it is;
+            False draws nothing; a callable receives every ``ProgressEvent``.
+        stream: where to draw; standard error unless told.
+    """
+    if callable(progress):
+        return progress
+    if progress is False:
+        return None
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if shell is not None and type(shell).__name__ == "ZMQInteractiveShell":
+        return NotebookProgress(sys.modules["IPython.display"].display)
+    stream = stream or sys.stderr
+    if progress or stream.isatty():
+        return TerminalProgress(stream)
+    return None
