@@ -79,4 +79,6 @@ def missing_dependency(package: str, *, extra: str | None, purpose: str) -> Modu
         if error.name is not None and error.name.partition(".")[0] != root:
             raise  # the package is there, but one of its own imports is not
         install = f'"sharpness-plugins[{extra}]"' if extra else root
-        raise ImportError(f"{purpose} needs {root}, which is not installed. Install it with: pip install {install}") from error
+        raise ImportError(
+            f"{purpose} needs {root}, which is not installed. Install it with: pip install {install}"
+        ) from error

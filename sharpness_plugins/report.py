@@ -144,7 +144,9 @@ class SharpnessReport:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         left = {0, 3}  # the metric's name and what the number is; the rest are numbers
         lines = [
-            "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in rows
         ]
         rule = "-" * max(map(len, lines))
@@ -228,7 +230,7 @@ class SharpnessReport:
 
     def to_frame(self) -> pandas.DataFrame:
         """One row per metric; needs pandas."""
-        pandas = missing_dependency("pandas", extra=None, purpose="SharpnessReport.to_frame")
+        pd = missing_dependency("pandas", extra=None, purpose="SharpnessReport.to_frame")
         rows = []
         for key, result in self.results.items():
             cost = result.cost or Cost(*[math.nan] * len(fields(Cost)))
@@ -242,16 +244,16 @@ class SharpnessReport:
                     **{f.name: getattr(cost, f.name) for f in fields(Cost)},
                 }
             )
-        frame: pandas.DataFrame = pandas.DataFrame(rows).set_index("metric")
+        frame: pandas.DataFrame = pd.DataFrame(rows).set_index("metric")
         return frame
 
 
 def _plain(value: Any) -> Any:
     """JSON types for what details may hold, without importing torch or numpy."""
-    if value is None or isinstance(value, (bool, str)) and not isinstance(value, Enum):
-        return value
     if isinstance(value, Enum):
         return value.value
+    if value is None or isinstance(value, (bool, str)):
+        return value
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):

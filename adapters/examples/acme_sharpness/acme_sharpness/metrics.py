@@ -1,0 +1,57 @@
+"""Two metrics: the short way, a function that returns a number; the full way, a dataclass that returns a result."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sharpness_plugins.registry import metric
+from sharpness_plugins.report import Kind, MetricResult, Status
+
+if TYPE_CHECKING:
+    import torch
+
+    from sharpness_plugins.objective import Objective
+
+
+@metric("acme_gradient_norm")
+def gradient_norm(objective: Objective, *, order: float = 2.0) -> float:
+    """Norm of the gradient at the trained weights: how far from a minimum they are."""
+    _, gradient = objective.value_and_grad()
+    return float(gradient.norm(order))
+
+
+@metric("acme_average_rise")
+@dataclass(frozen=True)
+class AverageRise:
+    """Mean rise of the loss under normal perturbations of the weights.
+
+    Estimates ``E f(w + sigma z) - f(w)`` with ``z`` standard normal; at a minimum it is ``sigma² trace(H) / 2`` up to
+    terms of fourth order. Every draw comes with its mirror image, which cancels the gradient's share of the spread.
+    """
+
+    sigma: float = 1e-3
+    num_draws: int = 10
+
+    def __post_init__(self) -> None:
+        if not (self.sigma > 0 and self.num_draws >= 2):
+            raise ValueError(f"needs sigma > 0 and num_draws >= 2; got {self.sigma} and {self.num_draws}")
+
+    def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
+        import torch  # here, so that listing the metrics stays fast
+
+        loss = objective.value()
+        rises = []
+        for _ in range(self.num_draws):
+            normal = torch.randn(objective.origin.shape, generator=rng, device=rng.device)
+            step = self.sigma * normal.to(objective.origin)
+            rises.append((objective.value(step) + objective.value(-step)) / 2 - loss)
+        return MetricResult(
+            value=statistics.fmean(rises),
+            standard_error=statistics.stdev(rises) / math.sqrt(self.num_draws),
+            status=Status(
+                Kind.ESTIMATE, f"mean over {self.num_draws} pairs of random directions, sigma {self.sigma:g}"
+            ),
+        )

@@ -1,0 +1,1 @@
+"""Experiments on small real data, written on the public API only."""

@@ -1,0 +1,344 @@
+"""How a mean loss and its weight come from ``(model, batch)``: typed rules, first match wins.
+
+A rule returns the mean over the batch and the weight of that mean in the mean over all data (the loss's own
+denominator: samples, or tokens that are not ignored), so that any batching of the same samples gives the same loss.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .batches import count_samples, tensors_of
+from .errors import LossRuleError
+
+__all__ = ["LossFn", "LossRule", "WeightedLoss", "call_model", "logits_of", "resolve_loss", "unwrap"]
+
+LossFn: TypeAlias = Callable[[nn.Module, Any], Any]
+"""``(model, batch) ->`` scalar mean over the batch, or a pair ``(mean, weight)`` where samples are not what it is over."""
+
+WeightedLoss = tuple[Tensor, "Tensor | float"]
+PluginRule = Callable[[nn.Module, Any, Any], "LossFn | None"]
+
+_FIXES = (
+    "Pass loss_fn=lambda model, batch: ... (the scalar mean loss of a batch), "
+    "or criterion=torch.nn.CrossEntropyLoss() (or another) with a loader of pairs (inputs, targets)."
+)
+_LABEL_KEYS = ("labels", "label", "label_ids")
+_IGNORED = -100  # torch's default ignore_index
+
+
+@dataclass(frozen=True)
+class LossRule:
+    """A loss, and the sentence that says where it came from (stored in the result).
+
+    Attributes:
+        class_axis: the axis of the model's logits that holds classes; None where the loss is not a cross-entropy.
+    """
+
+    description: str
+    loss_fn: Callable[[nn.Module, Any], WeightedLoss]
+    class_axis: int | None = None
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The module inside compiled and data-parallel wrappers, and the names of the wrappers taken off."""
+    wrappers: list[str] = []
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model, wrappers
+        wrappers.append(type(model).__name__)
+        model = inner
+
+
+def resolve_loss(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss_fn: LossFn | None = None,
+    criterion: Callable[..., Any] | None = None,
+    plugin_rule: PluginRule | None = None,
+) -> LossRule:
+    """The loss for batches like ``batch``; first match of the rules below.
+
+    1. ``loss_fn(model, batch)``. 2. ``criterion`` with pairs ``(inputs, targets)``. 3. a plugin's rule. 4. a mapping with
+    labels: ``model(**batch).loss``. 5. a pair with integer targets, one axis fewer than the output: mean cross-entropy.
+
+    Cross-entropies are computed in float64 on the model's logits. Evaluates the model on ``batch`` where the rule has to
+    look at the output, so call it in the mode that the measurement uses.
+
+    Raises:
+        LossRuleError: no rule fits; the message shows both fixes.
+        ValueError: both ``loss_fn`` and ``criterion`` were given.
+    """
+    if loss_fn is not None and criterion is not None:
+        raise ValueError(
+            "got both loss_fn and criterion; pass one of them: loss_fn(model, batch) or criterion(output, targets)"
+        )
+    for name, given in (("loss_fn", loss_fn), ("criterion", criterion)):
+        if given is not None and not callable(given):
+            raise TypeError(f"{name} must be callable, got {given!r}. {_FIXES}")
+    if loss_fn is not None:
+        return LossRule(f"loss_fn {_name_of(loss_fn)}", _from_loss_fn(loss_fn))
+    if criterion is not None:
+        if not _is_pair(batch):
+            raise LossRuleError(
+                f"criterion needs batches that are pairs (inputs, targets), but the loader gives {_describe(batch)}. "
+                "Pass loss_fn=lambda model, batch: ... instead."
+            )
+        is_cross_entropy = type(criterion) is nn.CrossEntropyLoss or criterion is F.cross_entropy
+        return LossRule(f"criterion {_name_of(criterion)}", _from_criterion(criterion), 1 if is_cross_entropy else None)
+    if plugin_rule is not None and (found := plugin_rule(model, batch, criterion)) is not None:
+        return LossRule(f"plugin rule {_name_of(found)}", _from_loss_fn(found))
+    if isinstance(batch, Mapping) and any(key in batch for key in _LABEL_KEYS):
+        return _labelled_mapping(model, batch)
+    if _is_pair(batch) and isinstance(batch[1], Tensor) and _is_integer(batch[1]):
+        return _integer_targets(model, batch)
+    raise LossRuleError(f"cannot tell the loss from batches of {_describe(batch)}. {_FIXES}")
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """``model(inputs)``, or ``model(*inputs)`` and ``model(**inputs)`` where ``forward`` takes the inputs apart."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs) if _binds(model, (), inputs) else model(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs) if _binds(model, inputs, {}) else model(inputs)
+    return model(inputs)
+
+
+def _binds(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _accepts(model: nn.Module, keyword: str) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, (tuple, list)) and len(batch) == 2
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+
+
+def _name_of(function: Any) -> str:
+    if isinstance(function, nn.Module):
+        return type(function).__name__
+    return getattr(function, "__qualname__", None) or type(function).__name__
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "a mapping with keys " + ", ".join(map(repr, list(value)[:8]))
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}: (" + "; ".join(map(_describe, value[:4])) + ")"
+    return f"a {type(value).__name__}"
+
+
+def _scalar(loss: Any, source: str) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise LossRuleError(
+            f"{source} returned {_describe(loss)}, but the mean loss of the batch is needed: a tensor with one number."
+        )
+    if loss.numel() != 1:
+        raise LossRuleError(
+            f"{source} returned a loss of shape {tuple(loss.shape)}, but the mean over the batch is needed: one number. "
+            "Use reduction='mean', or call .mean()."
+        )
+    return loss.reshape(())
+
+
+def _from_loss_fn(loss_fn: LossFn) -> Callable[[nn.Module, Any], WeightedLoss]:
+    source = f"loss_fn {_name_of(loss_fn)}"
+
+    def weighted(model: nn.Module, batch: Any) -> WeightedLoss:
+        answer = loss_fn(model, batch)
+        if isinstance(answer, tuple) and len(answer) == 2:
+            return _scalar(answer[0], source), answer[1]
+        return _scalar(answer, source), float(count_samples(batch) or 1)
+
+    return weighted
+
+
+def _from_criterion(criterion: Callable[..., Any]) -> Callable[[nn.Module, Any], WeightedLoss]:
+    source = f"criterion {_name_of(criterion)}"
+    if type(criterion) is nn.CrossEntropyLoss and criterion.reduction in ("mean", "sum"):
+        ce = criterion
+
+        def weighted(model: nn.Module, batch: Any) -> WeightedLoss:
+            logits = logits_of(call_model(model, batch[0]), source)
+            return _cross_entropy(
+                logits, batch[1], weight=ce.weight, ignore_index=ce.ignore_index, label_smoothing=ce.label_smoothing
+            )
+
+    elif criterion is F.cross_entropy:
+
+        def weighted(model: nn.Module, batch: Any) -> WeightedLoss:
+            return _cross_entropy(logits_of(call_model(model, batch[0]), source), batch[1])
+
+    else:
+        is_sum = getattr(criterion, "reduction", "mean") == "sum"
+
+        def weighted(model: nn.Module, batch: Any) -> WeightedLoss:
+            output = call_model(model, batch[0])
+            loss = _scalar(criterion(getattr(output, "logits", output), batch[1]), source)
+            count = float(count_samples(batch[1]) or count_samples(batch[0]) or 1)
+            return (loss / count if is_sum else loss), count
+
+    return weighted
+
+
+def _cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = _IGNORED,
+    label_smoothing: float = 0.0,
+) -> WeightedLoss:
+    """Mean cross-entropy with classes on axis 1, in float64, and the sum of the target weights it was divided by."""
+    logits = logits.to(torch.float64)
+    if not _is_integer(targets):
+        # class probabilities; torch divides by the number of targets, whatever the class weights
+        probabilities = targets.to(logits)
+        class_weight = None if weight is None else weight.to(logits)
+        loss = F.cross_entropy(logits, probabilities, weight=class_weight, label_smoothing=label_smoothing)
+        return loss, float(logits.numel() // logits.shape[1 if logits.ndim > 1 else 0])
+    targets = targets.long()
+    class_weight = None if weight is None else weight.to(logits)
+    total = F.cross_entropy(
+        logits,
+        targets,
+        weight=class_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
+    valid = targets != ignore_index
+    if class_weight is None:
+        denominator = valid.sum().to(torch.float64)
+    else:
+        denominator = class_weight[torch.where(valid, targets, 0)].mul(valid).sum()
+    return total / denominator.clamp_min(torch.finfo(torch.float64).tiny), denominator
+
+
+def logits_of(output: Any, source: str) -> Tensor:
+    """The logits of a model's output: a tensor, ``output.logits``, ``output["logits"]`` or the first entry of a tuple."""
+    found = getattr(output, "logits", None)
+    if found is None and isinstance(output, Mapping):
+        found = output.get("logits")
+    if found is None and isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if found is None:
+        found = output
+    if not isinstance(found, Tensor):
+        raise LossRuleError(f"{source} needs logits, but the model returned {_describe(output)}. {_FIXES}")
+    return found
+
+
+def _class_axis(logits: Tensor, targets: Tensor, source: str) -> int:
+    """Where the classes are: axis 1, as in torch's losses, or the last one, as in Transformers."""
+    if logits.ndim == targets.ndim + 1:
+        on_axis_1 = logits.shape[:1] + logits.shape[2:] == targets.shape
+        on_last = logits.shape[:-1] == targets.shape
+        if on_axis_1 and on_last and logits.ndim > 2 and logits.shape[1] == logits.shape[-1]:
+            raise LossRuleError(
+                f"{source}: output {tuple(logits.shape)} and targets {tuple(targets.shape)} leave it open which axis holds the "
+                f"classes. {_FIXES}"
+            )
+        if on_axis_1:
+            return 1
+        if on_last:
+            return logits.ndim - 1
+    raise LossRuleError(
+        f"{source}: output of shape {tuple(logits.shape)} does not hold one score per class for integer targets of shape "
+        f"{tuple(targets.shape)}. {_FIXES}"
+    )
+
+
+def _integer_targets(model: nn.Module, batch: Any) -> LossRule:
+    source = "cross-entropy on integer targets"
+    with torch.no_grad():
+        axis = _class_axis(logits_of(call_model(model, batch[0]), source), batch[1], source)
+
+    def weighted(model: nn.Module, batch: Any) -> WeightedLoss:
+        logits = logits_of(call_model(model, batch[0]), source)
+        return _cross_entropy(logits.movedim(axis, 1), batch[1])
+
+    return LossRule(source, weighted, axis)
+
+
+def _labelled_mapping(model: nn.Module, batch: Mapping[str, Any]) -> LossRule:
+    key = next(key for key in _LABEL_KEYS if key in batch)
+    takes_labels = _accepts(model, "labels")
+    no_cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+    def run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        inputs = {name: value for name, value in batch.items() if name != key}
+        labels = {"labels": batch[key]} if takes_labels else {}
+        return model(**{**no_cache, **inputs, **labels})
+
+    with torch.no_grad():
+        output = run(model, batch)
+    labels, loss = batch[key], getattr(output, "loss", None)
+    logits = getattr(output, "logits", None)
+    if logits is None and loss is None:
+        logits = logits_of(output, f"batches with {key!r}")
+
+    # The model's own loss is a mean over something it does not tell (samples, tokens, shifted tokens), and its float32
+    # mean loses digits: where a plain cross-entropy of its logits reproduces it, that one is used, with its denominator.
+    if isinstance(logits, Tensor) and isinstance(labels, Tensor) and _is_integer(labels) and logits.ndim == labels.ndim + 1:
+        for shift in (0, 1) if labels.ndim > 1 else (0,):
+            if loss is not None and not _reproduces(_sequence_cross_entropy(logits, labels, shift)[0], loss):
+                continue
+            what = (
+                "model(**batch) and cross-entropy on its logits" if loss is None else "model(**batch).loss, a cross-entropy"
+            )
+
+            def cross_entropy(model: nn.Module, batch: Mapping[str, Any], shift: int = shift) -> WeightedLoss:
+                return _sequence_cross_entropy(logits_of(run(model, batch), "model(**batch)"), batch[key], shift)
+
+            return LossRule(what + (" of the next token" if shift else ""), cross_entropy, logits.ndim - 1)
+    if not isinstance(loss, Tensor):
+        raise LossRuleError(
+            f"the batch has {key!r}, but model(**batch) gives no loss, and its output does not fit labels of "
+            f"{_describe(labels)}. {_FIXES}"
+        )
+
+    def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> WeightedLoss:
+        count = labels_count(batch[key])
+        return _scalar(run(model, batch).loss, "model(**batch).loss"), count
+
+    def labels_count(labels: Any) -> float:
+        return float(sum(tensor.shape[0] for tensor in tensors_of(labels)[:1] if tensor.ndim) or 1)
+
+    return LossRule("model(**batch).loss, weighted by samples", own_loss)
+
+
+def _sequence_cross_entropy(logits: Tensor, labels: Tensor, shift: int) -> WeightedLoss:
+    if shift:
+        logits, labels = logits[:, :-shift], labels[:, shift:]
+    return _cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+
+
+def _reproduces(candidate: Tensor, loss: Tensor) -> bool:
+    return loss.numel() == 1 and bool(
+        torch.isclose(candidate, loss.detach().to(candidate).reshape(()), rtol=1e-3, atol=1e-6)
+    )

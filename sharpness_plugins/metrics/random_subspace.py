@@ -1,0 +1,136 @@
+"""ε-box sharpness in random subspaces: Metric 2.1 of Keskar et al. 2017 with a random A."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import reductions, sampling
+from ..maximizers import Maximizer, Maximum, MultiStart, SignFrankWolfe
+from ..objective import Objective
+from ..regions import Box, SignSubspace
+from ..report import Kind, MetricResult, Status
+from . import keskar
+
+__all__ = ["COLUMN_SCALES", "RandomSubspace"]
+
+COLUMN_SCALES = ("unscaled", "unit", "matched")
+
+
+def _default_maximizer() -> MultiStart:
+    return MultiStart(solver=SignFrankWolfe(max_gradients=8), max_gradients=16)
+
+
+@dataclass(frozen=True)
+class RandomSubspace:
+    """``φ = 100 (max f(w+Ay) - f(w)) / (1 + f(w))`` over ``|y_i| <= ε(|(A⁺w)_i| + 1)``, for A with ``dim`` random columns.
+
+    In percent. The mean over independent draws of A, with its standard error; each draw is a lower bound of its own maximum. A has
+    random signs ±1 times a scale, the same on every device, and is never stored as floats (13 bytes per parameter for 100
+    columns). The paper does not say how A was drawn or scaled, and the scale decides the size of the number:
+
+    * "unscaled": entries ±1, as large as standard normal ones; a weight moves by about ε√dim.
+    * "unit": columns of length 1, for which A⁺ is nearly Aᵀ; a weight moves by about ε√(dim / n), and φ is tiny.
+    * "matched": a vertex moves the weights as far as a vertex of the full-space box does.
+
+    Args:
+        epsilon: ε; the paper uses 1e-3 and 5e-4.
+        dim: number of columns, p in the paper.
+        draws: number of draws of A.
+        column_scale: see above.
+        maximizer: solver of each draw; 16 gradients by default.
+    Cost: 16 gradients a draw, each with two products with A.
+    Source: Keskar et al. (2017), Metric 2.1 and Table 4.
+    """
+
+    epsilon: float = 1e-3
+    dim: int = 100
+    draws: int = 5
+    column_scale: str = "unscaled"
+    maximizer: Maximizer | str = field(default_factory=_default_maximizer)
+
+    name: ClassVar[str] = "random_subspace"
+
+    def __post_init__(self) -> None:
+        keskar.check_epsilon(self.epsilon)
+        keskar.solver(self.maximizer)
+        if self.dim < 1:
+            raise ValueError(f"dim must be at least 1, got {self.dim}")
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.draws}")
+        if self.column_scale not in COLUMN_SCALES:
+            raise ValueError(f"column_scale must be one of {COLUMN_SCALES}, got {self.column_scale!r}")
+
+    def expected_passes(self, objective: Objective) -> float:
+        return float(getattr(keskar.solver(self.maximizer), "max_gradients", 12) * self.draws)
+
+    def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
+        keskar.check_loss(objective.loss)
+        if self.dim > objective.dim:
+            raise ValueError(
+                f"a random subspace of dim={self.dim} does not fit into {objective.dim} parameters; "
+                f"use dim <= {objective.dim}"
+            )
+        values: list[float] = []
+        norms: list[float] = []
+        at_bound: list[float] = []
+        solved: list[dict[str, Any]] = []
+        for draw in range(self.draws):
+            key = sampling.key_for(rng.initial_seed(), "columns", draw)
+            subspace = SignSubspace(objective.space, self.dim, key, scale=self._scale(objective))
+            box = Box(self.epsilon * (subspace.coordinates(objective.origin).abs() + 1))
+            maximum = self._maximize(objective, subspace, box, rng)
+            values.append(keskar.sharpness(maximum.value, objective.loss))
+            norms.append(subspace.norm_of(maximum.perturbation))
+            at_bound.append(box.share_at_bound(maximum.perturbation))
+            solved.append(keskar.described(maximum, objective.loss))
+        error = statistics.stdev(values) / math.sqrt(self.draws) if self.draws > 1 else None
+        spread = "" if self.draws == 1 else f" from {min(values):.4g} to {max(values):.4g}"
+        message = (
+            f"mean over {self.draws} draw{'s' if self.draws > 1 else ''}{spread} of {self.dim} random columns "
+            f"({self.column_scale}), each a lower bound; {100 * statistics.mean(at_bound):.0f} % of the coordinates at the "
+            f"bound, the weights moved by {statistics.mean(norms):.3g}"
+        )
+        return MetricResult(
+            value=statistics.mean(values),
+            standard_error=error,
+            status=Status(Kind.ESTIMATE if self.draws > 1 else Kind.LOWER_BOUND, message),
+            details={
+                "epsilon": self.epsilon,
+                "dim": self.dim,
+                "draws": self.draws,
+                "column_scale": self.column_scale,
+                "entry_scale": self._scale(objective),
+                "maximizer": repr(self.maximizer),
+                "loss": objective.loss,
+                "values": values,
+                "perturbation_norms": norms,
+                "share_at_bound": at_bound,
+                "solver": solved,
+            },
+        )
+
+    def _scale(self, objective: Objective) -> float:
+        if self.column_scale == "unscaled":
+            return 1.0
+        if self.column_scale == "unit":
+            return 1 / math.sqrt(objective.dim)
+        box_norm = reductions.norm(objective.origin.abs() + 1).item()  # ‖Ay‖ of a vertex is about scale · √(dim · n)
+        return box_norm / math.sqrt(self.dim * objective.dim)
+
+    def _maximize(self, objective: Objective, subspace: SignSubspace, box: Box, rng: torch.Generator) -> Maximum:
+        def fn(y: Tensor) -> tuple[float, Tensor]:
+            value, gradient = objective.value_and_grad(subspace.lift(y))
+            return value, subspace.restrict(gradient)
+
+        maximizer = keskar.solver(self.maximizer)
+        start = torch.zeros_like(box.half_width)
+        vertex = box.half_width * sampling.rademacher(self.dim, rng, start)
+        if getattr(maximizer, "num_proposals", 0):
+            return maximizer.maximize(fn, box, start, [("random vertex", vertex)])
+        return maximizer.maximize(fn, box, start)

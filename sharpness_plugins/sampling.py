@@ -1,0 +1,135 @@
+"""Random numbers: keyed generators, sign columns that any device can regenerate, and global state put back.
+
+The only file that draws. Every stream is keyed by ``(seed, name)``, so that one more metric changes no other, and is
+drawn on the CPU, so that devices agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "generator_for",
+    "generator_states",
+    "key_for",
+    "normal",
+    "philox",
+    "preserved_rng",
+    "rademacher",
+    "seed_global",
+    "set_generator_states",
+]
+
+_MASK = 0xFFFFFFFF
+
+
+def key_for(seed: int, *names: str | int) -> int:
+    """A 64-bit key that differs for every seed and path of names."""
+    text = repr((int(seed), *names)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+
+
+def generator_for(seed: int, *names: str | int) -> torch.Generator:
+    """A CPU generator of its own for ``names`` (a metric's name, say)."""
+    return torch.Generator().manual_seed(key_for(seed, *names) >> 1)  # manual_seed takes 63 bits
+
+
+def normal(dim: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Standard normal vector, shape ``(dim,)``, with the dtype and device of ``like``."""
+    return torch.randn(dim, generator=generator, dtype=like.dtype).to(like.device)
+
+
+def rademacher(dim: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Vector of independent signs ±1, shape ``(dim,)``, with the dtype and device of ``like``."""
+    bits = torch.randint(0, 2, (dim,), generator=generator, dtype=torch.int8).to(like.device)
+    return bits.to(like.dtype).mul_(2).sub_(1)
+
+
+def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: int) -> tuple[Tensor | int, ...]:
+    """Four 32-bit words (as int64) per counter: Philox4x32-10, the same numbers on every device.
+
+    Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011); Random123's known answers are a test.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & _MASK, key >> 32 & _MASK
+    for _ in range(10):
+        # the products wrap modulo 2^64 as int64, and the mask undoes the sign of the shift
+        p0, p1 = _wrap(0xD2511F53, c0), _wrap(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = k0 + 0x9E3779B9 & _MASK, k1 + 0xBB67AE85 & _MASK
+    return c0, c1, c2, c3
+
+
+def _wrap(multiplier: int, word: Tensor | int) -> Tensor | int:
+    return word * multiplier
+
+
+def seed_global(seed: int) -> None:
+    """Seed the global generators that data sets draw from: torch (CPU), NumPy's legacy one, Python's."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the legacy global state is what augmentations use
+    random.seed(seed)
+
+
+@contextlib.contextmanager
+def preserved_rng(device: torch.device, holders: Iterable[Any] = ()) -> Iterator[None]:
+    """Leave the global random states, and the generators that ``holders`` carry as attributes, as they were.
+
+    Args:
+        device: its state is kept beside the CPU's (for CUDA: that one device's).
+        holders: objects such as a loader and its samplers.
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    own = generator_states(holders)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+        set_generator_states(own)
+
+
+GeneratorStates = list[tuple[Any, Any]]
+
+
+def generator_states(holders: Iterable[Any]) -> GeneratorStates:
+    """The generators (torch's, NumPy's, Python's) that ``holders`` carry as attributes, with their states."""
+    own: dict[int, Any] = {}
+    for holder in holders:
+        for value in getattr(holder, "__dict__", {}).values():
+            if isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
+                own[id(value)] = value
+    return [(generator, _state(generator)) for generator in own.values()]
+
+
+def set_generator_states(states: GeneratorStates, *, offset: int = 0) -> None:
+    """Put the generators back into these states; with an ``offset``, torch's into another, equally fixed one."""
+    for generator, state in states:
+        if isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = state
+        elif isinstance(generator, random.Random):
+            generator.setstate(state)
+        else:
+            generator.set_state(state)
+            if offset and isinstance(generator, torch.Generator):
+                generator.manual_seed(generator.initial_seed() + offset)
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()

@@ -1,0 +1,151 @@
+"""Which parameters are perturbed, and how a flat vector becomes named views of them."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .errors import did_you_mean
+
+__all__ = ["ParameterSpace", "Select"]
+
+Select: TypeAlias = "Callable[[str, nn.Parameter], bool] | str | Sequence[str] | None"
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class ParameterSpace:
+    """The trainable parameters that ``select`` names, as one flat vector; the others and the buffers as constants.
+
+    Frozen parameters (``requires_grad=False``) are left out; tied ones appear once, under their first name, and are
+    selected when any of their names matches. Half-precision tensors are represented in float32. Nothing here writes to
+    the model: ``state`` builds fresh views for ``torch.func.functional_call``.
+
+    Args:
+        model: an unwrapped module.
+        select: None for all trainable parameters; a predicate ``(name, parameter) -> bool``; a glob or several
+            (``"layer4.*"``), of which one must match.
+        device: where the copies live; None leaves every tensor on its own device.
+    Attributes:
+        names, shapes: of the selected parameters, in model order.
+        ordinals: their positions among all of the model's parameters.
+        dim: number of selected scalars.
+        origin: the trained values, shape ``(dim,)``; a copy.
+        has_half: whether some parameter or buffer was half precision.
+    Raises:
+        ValueError: nothing is left to select; a parameter is complex, uninitialized or on the meta device.
+    """
+
+    def __init__(self, model: nn.Module, select: Select = None, *, device: torch.device | None = None) -> None:
+        aliases: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            aliases.setdefault(parameter, []).append(name)
+        chosen = {p: names[0] for p, names in aliases.items() if p.requires_grad and _matches(select, p, names)}
+        if not chosen:
+            raise ValueError(_nothing_selected(select, aliases))
+        for parameter, name in chosen.items():
+            _check_measurable(name, parameter)
+
+        ordinal = {parameter: i for i, parameter in enumerate(aliases)}
+        self.names = list(chosen.values())
+        self.shapes = [parameter.shape for parameter in chosen]
+        self.ordinals = [ordinal[parameter] for parameter in chosen]
+        self.numels = [parameter.numel() for parameter in chosen]
+        self.dim = sum(self.numels)
+        if self.dim == 0:
+            raise ValueError(f"the selected parameters {self.names} hold no numbers at all, so there is nothing to perturb")
+        self.num_parameters = sum(parameter.numel() for parameter in aliases)
+        self.num_frozen = sum(parameter.numel() for parameter in aliases if not parameter.requires_grad)
+
+        self._device = device
+        self.dtype = torch.float32
+        for parameter in chosen:
+            self.dtype = torch.promote_types(self.dtype, parameter.dtype)
+        self._dtypes = [_full(parameter.dtype) for parameter in chosen]
+        self._devices = [device or parameter.device for parameter in chosen]
+        self.device = self._devices[0]
+        self.origin = torch.cat([self._flat(parameter) for parameter in chosen])
+        everything = [*aliases, *model.buffers()]
+        self.has_half = any(tensor.dtype in _HALF for tensor in everything)
+        self._constants = {names[0]: self._constant(p) for p, names in aliases.items() if p not in chosen}
+        self._buffers = {name: self._constant(buffer) for name, buffer in model.named_buffers()}
+
+    def _flat(self, parameter: Tensor) -> Tensor:
+        return parameter.detach().reshape(-1).to(self.device, self.dtype, copy=True)
+
+    def _constant(self, tensor: Tensor) -> Tensor:
+        constant = tensor.detach().to(device=self._device or tensor.device, dtype=_full(tensor.dtype))
+        return constant.clone() if constant.is_inference() else constant
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Named views of a flat vector of shape ``(dim,)``; differentiable, one concatenation in the backward pass."""
+        pieces = torch.split(flat, self.numels)
+        return {
+            name: piece.view(shape).to(device=device, dtype=dtype)
+            for name, piece, shape, dtype, device in zip(
+                self.names, pieces, self.shapes, self._dtypes, self._devices, strict=True
+            )
+        }
+
+    def state(self, flat: Tensor) -> dict[str, Tensor]:
+        """Parameters and buffers for ``functional_call``: views of ``flat``, constants, and clones of the buffers.
+
+        Buffers are cloned because modules write to them (BatchNorm's running statistics, counters).
+        """
+        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        return {**self._constants, **buffers, **self.split(flat)}
+
+    def check(self, vector: Tensor, role: str) -> Tensor:
+        """``vector`` in the dtype and device of the space.
+
+        Raises:
+            ValueError: it has another shape than ``(dim,)``.
+        """
+        if tuple(vector.shape) != (self.dim,):
+            raise ValueError(
+                f"{role} must have shape ({self.dim},), one number per selected parameter, got {tuple(vector.shape)}"
+            )
+        return vector.to(self.device, self.dtype)
+
+
+def _full(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def _matches(select: Select, parameter: nn.Parameter, names: list[str]) -> bool:
+    if select is None:
+        return True
+    if callable(select):
+        return any(select(name, parameter) for name in names)
+    globs = [select] if isinstance(select, str) else select
+    return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
+
+
+def _check_measurable(name: str, parameter: nn.Parameter) -> None:
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"parameter {name!r} is not initialized yet (a lazy module). Run one batch through the model first."
+        )
+    if parameter.is_meta:
+        raise ValueError(f"parameter {name!r} is on the meta device and has no values. Load the weights first.")
+    if not parameter.is_floating_point():
+        raise ValueError(
+            f"parameter {name!r} is {parameter.dtype}, and sharpness is defined here for real parameters only. "
+            "Leave it out with select=..., or view complex weights as pairs of reals."
+        )
+
+
+def _nothing_selected(select: Select, aliases: dict[nn.Parameter, list[str]]) -> str:
+    names = [name for names in aliases.values() for name in names]
+    if not names:
+        return "the model has no parameters, so there is nothing to perturb"
+    trainable = [name for p, alias in aliases.items() if p.requires_grad for name in alias]
+    if not trainable:
+        return f"all {len(names)} parameters of the model are frozen. Set requires_grad=True on those to perturb."
+    shown = ", ".join(trainable[:8]) + (", ..." if len(trainable) > 8 else "")
+    hint = did_you_mean(select, trainable) if isinstance(select, str) else ""
+    return f"select={select!r} matches no trainable parameter, so there is nothing to perturb.{hint} Trainable: {shown}"

@@ -1,0 +1,294 @@
+"""What a plugin offers: the spec of a metric, functions as metrics, and the settings of both. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from operator import attrgetter
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .errors import did_you_mean
+from .report import Kind, MetricResult, Status
+
+if TYPE_CHECKING:
+    import torch
+
+    from .objective import Objective
+
+__all__ = [
+    "FAULTS",
+    "SPEC",
+    "FunctionMetric",
+    "Metric",
+    "MetricSpec",
+    "cause",
+    "check_settings",
+    "definition",
+    "factory_settings",
+    "is_loading",
+    "loading",
+    "maker",
+    "metric_name",
+    "metric_settings",
+    "spec_of",
+]
+
+_POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_POSITIONAL_ONLY = inspect.Parameter.POSITIONAL_ONLY
+SPEC = "__sharpness_metric__"  # where a decorated metric keeps its spec
+
+# What a plugin may raise without stopping the others. A module that calls sys.exit() on import is one; Ctrl-C is not.
+FAULTS = (Exception, SystemExit)
+
+
+def cause(error: BaseException) -> str:
+    """``ValueError: what it says``, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+_LOADING: ContextVar[bool] = ContextVar("loading", default=False)
+
+
+def is_loading() -> bool:
+    """Whether plugin code is being imported: what ``@metric`` meets now is that plugin's, not the user's session's."""
+    return _LOADING.get()
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Plugin code is imported in this block."""
+    token = _LOADING.set(True)
+    try:
+        yield
+    finally:
+        _LOADING.reset(token)
+
+
+class Metric(Protocol):
+    """Anything callable like this; a frozen dataclass, as a rule, whose fields are its settings."""
+
+    def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult: ...
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """What a plugin offers: a name, and how to get the metric when somebody asks for it.
+
+    Attributes:
+        name: an identifier; the key in the report.
+        factory: called with the settings, returns a metric. Written as ``"package.module:attribute"`` it is imported
+            on first use, so that listing stays fast.
+        summary: one line for ``sharpness list``.
+    """
+
+    name: str
+    factory: str | Callable[..., Metric]
+    summary: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"the name of a metric is a string; got {self.name!r}")
+        if not self.name.isidentifier():
+            raise ValueError(f"metric name {self.name!r} is not an identifier: use letters, digits and underscores only")
+        if isinstance(self.factory, str):
+            module, colon, attribute = self.factory.partition(":")
+            if not colon or not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
+                raise ValueError(
+                    f"factory of metric {self.name!r} must look like 'package.module:attribute'; got {self.factory!r}"
+                )
+        elif not callable(self.factory):
+            raise TypeError(
+                f"factory of metric {self.name!r} must be callable or 'package.module:attribute'; got {self.factory!r}"
+            )
+
+    def load(self) -> Callable[..., Metric]:
+        """The factory itself, imported if need be.
+
+        Raises:
+            ImportError: the dotted string leads nowhere, or its module does not import.
+        """
+        if not isinstance(self.factory, str):
+            return self.factory
+        module, _, attribute = self.factory.partition(":")
+        try:
+            with loading():
+                found = attrgetter(attribute)(importlib.import_module(module))
+        except FAULTS as error:
+            raise ImportError(f"metric {self.name!r} cannot be loaded from {self.factory!r}: {cause(error)}") from error
+        if isinstance(found, FunctionMetric):
+            return found.with_settings
+        if not callable(found):
+            raise ImportError(
+                f"metric {self.name!r} cannot be loaded from {self.factory!r}: that is {found!r}, not callable"
+            )
+        factory: Callable[..., Metric] = found
+        return factory
+
+
+@dataclass(frozen=True, repr=False)
+class FunctionMetric:
+    """A function ``(objective, rng, *, setting=default)`` as a metric; made by ``@metric``.
+
+    Attributes:
+        settings: all of them; those not given have the function's defaults.
+    """
+
+    function: Callable[..., Any]
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        name = self.name or self.function.__name__
+        defaults = _function_settings(name, self.function)
+        check_settings(name, self.settings, defaults)
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "settings", MappingProxyType({**defaults, **self.settings}))
+
+    def with_settings(self, /, **settings: Any) -> FunctionMetric:
+        """The same metric with these settings changed."""
+        changed = replace(self, settings={**self.settings, **settings})
+        object.__setattr__(changed, SPEC, vars(self).get(SPEC))
+        return changed
+
+    def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
+        wants_rng = "rng" in inspect.signature(self.function).parameters
+        returned = self.function(objective, **({"rng": rng} if wants_rng else {}), **self.settings)
+        if isinstance(returned, MetricResult):
+            return returned
+        # An estimate, because nothing is known of how the function got it: "exact" would be a claim of ours.
+        return MetricResult(_number(returned, self.name), status=Status(Kind.ESTIMATE, f"value as returned by {self.name}"))
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.settings.items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Under its own name the module now holds this object, so pickle cannot find the bare function there.
+        module, qualname = self.function.__module__, self.function.__qualname__
+        holder = _find(module, qualname)
+        if isinstance(holder, FunctionMetric) and holder.function is self.function:
+            return _unpickled, (module, qualname, dict(self.settings))
+        return FunctionMetric, (self.function, dict(self.settings), self.name)
+
+
+def _unpickled(module: str, qualname: str, settings: Mapping[str, Any]) -> FunctionMetric:
+    found: FunctionMetric = attrgetter(qualname)(importlib.import_module(module))
+    return found.with_settings(**settings)
+
+
+def _find(module: str, qualname: str) -> object | None:
+    """What a loaded module holds under a dotted name; imports nothing."""
+    try:
+        found: object = attrgetter(qualname)(sys.modules[module])
+    except (KeyError, AttributeError):
+        return None
+    return found
+
+
+def _number(returned: Any, name: str) -> float:
+    try:
+        if isinstance(returned, str):  # float("0.5") would accept it
+            raise TypeError("it is a string")
+        return float(returned.detach() if hasattr(returned, "detach") else returned)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = f"{type(returned).__name__}: {cause(error)}"
+        raise TypeError(f"metric {name!r} must return one number or a MetricResult, but it returned a {got}") from error
+
+
+def _function_settings(name: str, function: Callable[..., Any]) -> dict[str, Any]:
+    """Settings and their defaults, from the signature; TypeError if it is not one of a metric."""
+    expected = f"metric {name!r} must be a function of (objective, rng, *, setting=default)"
+    parameters = list(inspect.signature(function).parameters.values())
+    if not parameters or parameters[0].kind not in (_POSITIONAL_ONLY, _POSITIONAL):
+        raise TypeError(f"{expected}: it takes no objective")
+    others = parameters[1:]
+    for parameter in others:
+        if parameter.kind not in (parameter.KEYWORD_ONLY, _POSITIONAL):
+            raise TypeError(f"{expected}: {str(parameter)!r} is not a setting with a name")
+        if parameter.name != "rng" and parameter.default is parameter.empty:
+            raise TypeError(f"{expected}: {parameter.name!r} has no default")
+    return {parameter.name: parameter.default for parameter in others if parameter.name != "rng"}
+
+
+def factory_settings(factory: Callable[..., Any]) -> dict[str, Any] | None:
+    """Settings and their defaults (``Parameter.empty`` for a required one); None where the signature does not say."""
+    function_metric = getattr(factory, "__self__", None)
+    if isinstance(function_metric, FunctionMetric):
+        return dict(function_metric.settings)
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) for parameter in parameters.values()):
+        return None
+    settings = {parameter.name: parameter.default for parameter in parameters.values()}
+    for one in fields(factory) if is_dataclass(factory) else ():
+        if one.name in settings and one.default_factory is not MISSING:
+            settings[one.name] = one.default_factory()  # the signature shows a placeholder
+    return settings
+
+
+def check_settings(name: str, given: Iterable[str], known: Mapping[str, Any]) -> None:
+    empty = inspect.Parameter.empty
+    shown = ", ".join(key if default is empty else f"{key}={default!r}" for key, default in known.items()) or "none"
+    for key in given:
+        if key not in known:
+            raise TypeError(f"metric {name!r} has no setting {key!r}.{did_you_mean(key, known)} Settings: {shown}")
+    if missing := [key for key, default in known.items() if default is empty and key not in given]:
+        raise TypeError(f"metric {name!r} needs {', '.join(missing)}. Settings: {shown}")
+
+
+def spec_of(value: Any) -> MetricSpec | None:
+    """The spec that an object is or carries. By type, as ``getattr`` may wake a lazy module attribute or a proxy."""
+    kind = type(value)
+    if issubclass(kind, type) or kind is FunctionMetric:
+        value = vars(value).get(SPEC)  # a class's own, not its base's
+    return value if issubclass(type(value), MetricSpec) else None
+
+
+def maker(spec: MetricSpec) -> object | None:
+    """The class or function behind a spec; None for a dotted string whose module is not loaded."""
+    found: object = spec.factory
+    if isinstance(found, str):
+        found = _find(*found.split(":"))
+    elif isinstance(bound := getattr(found, "__self__", None), FunctionMetric):  # its with_settings
+        found = bound
+    return found.function if isinstance(found, FunctionMetric) else found
+
+
+def definition(spec: MetricSpec) -> tuple[str, str]:
+    """Where a metric is defined. Specs that agree in it are one metric: re-exported, reloaded, a cell run again."""
+    made = maker(spec)
+    module, qualname = getattr(made, "__module__", None), getattr(made, "__qualname__", None)
+    if module == "__main__":  # in a notebook the latest metric of a name counts, also if its function was renamed
+        return spec.name, "__main__"
+    if module is None or qualname is None:
+        return spec.name, spec.factory if isinstance(spec.factory, str) else f"{id(spec.factory)}"
+    return spec.name, f"{module}:{qualname}"
+
+
+def metric_name(metric: object) -> str:
+    """Its ``name``, a function's name, or its class's in snake_case."""
+    name = getattr(metric, "name", None)
+    if isinstance(name, str) and name:
+        return name
+    if inspect.isroutine(metric):
+        return str(metric.__name__)
+    cls = metric if isinstance(metric, type) else type(metric)
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
+
+
+def metric_settings(metric: object) -> dict[str, Any]:
+    """A metric's settings, also those left at their defaults; empty where they are unknown."""
+    if isinstance(metric, FunctionMetric):
+        return dict(metric.settings)
+    if is_dataclass(metric) and not isinstance(metric, type):
+        return {one.name: getattr(metric, one.name) for one in fields(metric) if one.init}
+    return {}
