@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from . import sampling
 from .errors import LoaderError, MeasurementWarning
 from .memory import free_bytes
 
-__all__ = ["Batch", "BatchSource", "count_samples", "map_tensors", "tensors_of"]
+__all__ = ["LABEL_KEYS", "Batch", "BatchSource", "count_samples", "map_tensors", "tensors_of"]
+
+LABEL_KEYS = ("labels", "label", "label_ids")
 
 _MIB = 2**20
 _MOST_CACHED = 4 * 2**30
+_FINGERPRINT_ELEMENTS = 2**22  # bounds the float64 copies
+_MOST_HOLDERS = 1000
 
 
 class Batch(NamedTuple):
@@ -32,25 +39,31 @@ class Batch(NamedTuple):
 
 def map_tensors(batch: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """The same tree with ``fn`` applied to its tensors; containers are new, other leaves are kept."""
-    if isinstance(batch, Tensor):
+    return _map_leaves(batch, lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+def _map_leaves(batch: Any, fn: Callable[[Any], Any]) -> Any:
+    if isinstance(batch, (Tensor, PackedSequence)):
         return fn(batch)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(entry, fn) for entry in batch))
+        return type(batch)(*(_map_leaves(entry, fn) for entry in batch))
     if isinstance(batch, (list, tuple)):
-        entries = [map_tensors(entry, fn) for entry in batch]
+        entries = [_map_leaves(entry, fn) for entry in batch]
         return entries if isinstance(batch, list) else tuple(entries)
     if isinstance(batch, Mapping):
-        mapped = {key: map_tensors(entry, fn) for key, entry in batch.items()}
-        if type(batch) is dict:
+        mapped = {key: _map_leaves(entry, fn) for key, entry in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
             return mapped
         same = copy.copy(batch)  # BatchEncoding and friends keep their type
         for key, entry in mapped.items():
-            same[key] = entry  # type: ignore[index]
+            same[key] = entry
         return same
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        changes = {f.name: map_tensors(getattr(batch, f.name), fn) for f in dataclasses.fields(batch) if f.init}
-        return dataclasses.replace(batch, **changes)
-    return batch
+        same = copy.copy(batch)
+        for f in dataclasses.fields(batch):
+            object.__setattr__(same, f.name, _map_leaves(getattr(batch, f.name), fn))  # frozen ones, too
+        return same
+    return fn(batch)
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
@@ -66,20 +79,62 @@ def tensors_of(batch: Any) -> list[Tensor]:
 
 
 def count_samples(batch: Any) -> int | None:
-    """Number of samples: the leading size that the tensors of the batch share, or of the last one (the targets).
+    """Number of samples: the leading size of the last tensor of the batch (the targets), or of its labels in a mapping.
 
-    None where no tensor has a leading dimension.
+    A batch object of its own, such as a graph's, may tell it as ``num_graphs``. None where no tensor has a leading dimension.
     """
-    sizes = [tensor.shape[0] for tensor in tensors_of(batch) if tensor.ndim > 0]
-    return sizes[-1] if sizes else None
+    graphs = getattr(batch, "num_graphs", None)
+    if isinstance(graphs, int):
+        return graphs
+    labels = [batch[key] for key in LABEL_KEYS if key in batch] if isinstance(batch, Mapping) else []
+    for tensors in (_all_tensors(labels), _all_tensors(batch)):
+        if sizes := [tensor.shape[0] for tensor in tensors if tensor.ndim > 0]:
+            return sizes[-1]
+    return None
+
+
+def _all_tensors(batch: Any) -> list[Tensor]:
+    """The tensors of a tree and, one level deep, of batch objects in it that know how to move themselves."""
+    found: list[Tensor] = []
+
+    def keep(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, PackedSequence):
+            found.append(leaf.data)
+        elif _moves_itself(leaf):
+            found.extend(tensors_of(vars(leaf)))
+        return leaf
+
+    _map_leaves(batch, keep)
+    return found
+
+
+def _moves_itself(leaf: Any) -> bool:
+    return callable(getattr(leaf, "to", None)) and hasattr(leaf, "__dict__") and not isinstance(leaf, type)
 
 
 def _head(batch: Any, count: int, of: int) -> Any:
+    """The first ``count`` of the ``of`` samples: in every tensor, and in lists of strings and the like beside them."""
+    if isinstance(batch, (list, tuple)) and len(batch) == of and not _all_tensors(batch):
+        return batch[:count]
+    if isinstance(batch, Tensor):
+        return batch[:count] if batch.ndim and batch.shape[0] == of else batch
+    if type(batch) in (list, tuple):
+        return type(batch)(_head(entry, count, of) for entry in batch)
+    if type(batch) is dict:
+        return {key: _head(entry, count, of) for key, entry in batch.items()}
     return map_tensors(batch, lambda tensor: tensor[:count] if tensor.ndim and tensor.shape[0] == of else tensor)
 
 
 def _num_bytes(batch: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(batch))
+    return sum(tensor.numel() * tensor.element_size() for tensor in _all_tensors(batch))
+
+
+def _is_empty(batch: Any) -> bool:
+    """Whether the batch has rows of tensors, and no row in any."""
+    sizes = [tensor.shape[0] for tensor in _all_tensors(batch) if tensor.ndim > 0]
+    return bool(sizes) and not any(sizes)
 
 
 class _Fingerprint:
@@ -93,25 +148,31 @@ class _Fingerprint:
     def add(self, batch: Batch) -> None:
         self.num_batches += 1
         self.num_samples += batch.num_samples or 0
-        for position, tensor in enumerate(tensors_of(batch.data)):
+        for position, tensor in enumerate(_all_tensors(batch.data)):
+            if tensor.numel() == 0 or tensor.layout is not torch.strided:
+                continue
             rows = tensor.detach().reshape(tensor.shape[0] if tensor.ndim else 1, -1)
-            rows = (rows.real if rows.is_complex() else rows).to(torch.float32)
+            rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
             # a position-dependent weight: flips and crops of an image keep its plain sum
-            weights = torch.sin(torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float32) + position)
-            per_sample = (rows @ weights).to(torch.float64)
-            self._sums.append(torch.stack([per_sample.sum(), per_sample.square().sum(), per_sample.abs().sum()]).cpu())
+            weights = torch.sin(torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float64) + position)
+            for some in rows.split(max(1, _FINGERPRINT_ELEMENTS // rows.shape[1])):
+                per_sample = torch.nan_to_num(some.to(torch.float64), nan=0.5, posinf=1.0, neginf=-1.0) @ weights
+                self._sums.append(torch.stack([per_sample.sum(), per_sample.square().sum(), per_sample.abs().sum()]).cpu())
 
     def difference(self, other: _Fingerprint) -> str | None:
-        """What the second pass gave that the first did not, as a clause; None where they agree."""
+        """What another pass gave that the first did not, as a clause; None where they agree."""
         if other.num_samples != self.num_samples:
-            return f"{self.num_samples} samples on the first pass and {other.num_samples} on the second"
+            return f"{self.num_samples} samples on the first pass and {other.num_samples} on another"
         if not self._sums or not other._sums:
             return None
         first, second = torch.stack(self._sums).sum(0), torch.stack(other._sums).sum(0)
-        # regrouped samples differ by float32 rounding of each row's product, other samples by much more
-        tolerance = 1e-6 * torch.stack([first[2], first[1], first[2]])
+        # samples in another order differ by the rounding of the sums, other samples by much more
+        tolerance = 1e-9 * torch.stack([first[2], first[1], first[2]])
         if bool(((first - second).abs() > tolerance).any()):
-            return "other samples on the second pass than on the first (random augmentation, or shuffling with drop_last)"
+            return (
+                "other data on another pass than on the first (random augmentation, shuffling with drop_last or "
+                "max_samples, or padding that depends on the batch)"
+            )
         return None
 
 
@@ -147,6 +208,8 @@ class BatchSource:
     ) -> None:
         if max_samples is not None and max_samples < 1:
             raise ValueError(f"max_samples must be at least 1, got {max_samples}")
+        if cache_bytes is not None and cache_bytes < 0:
+            raise ValueError(f"cache_bytes must be at least 0 (which keeps nothing), got {cache_bytes}")
         self._loader = _checked(loader)
         self._device = device
         self._max_samples = max_samples
@@ -175,16 +238,24 @@ class BatchSource:
         """The first pass: counts, fills the cache, and checks that a second pass gives the same samples."""
         kept: list[Batch] | None = [] if self.budget > 0 else None
         taken = 0
+        uncounted = False
+        may_reuse_its_memory = not isinstance(self._loader, (list, tuple, DataLoader))
         for batch in self._read(self._seed):
             self._first.add(batch)
+            uncounted |= batch.num_samples is None
             taken += _num_bytes(batch.data)
             if kept is not None and taken <= self.budget:
-                kept.append(batch)
+                kept.append(batch._replace(data=map_tensors(batch.data, torch.clone)) if may_reuse_its_memory else batch)
             else:
                 kept = None
         if self.num_batches == 0:
             raise LoaderError("the loader is empty: it gave no batch at all. Pass at least one batch.")
         self._cache = kept
+        if uncounted and self.num_batches > 1:
+            self.notes.append(
+                "it cannot be told how many samples the batches hold, so all batches weigh the same unless loss_fn returns "
+                "(mean, weight)"
+            )
         if isinstance(self._loader, (list, tuple)):
             return
         second = _Fingerprint()
@@ -201,7 +272,7 @@ class BatchSource:
             return
         if difference := self._first.difference(second):
             kind = "the first pass was kept" if self.cached else "every pass repeats the same random seed"
-            self._say(f"the loader gives {difference}; {kind}, and the numbers hold for those samples only")
+            self._say(f"the loader gives {difference}; {kind}, and the numbers hold for that data only")
 
     def __iter__(self) -> Iterator[Batch]:
         if self._cache is not None:
@@ -225,6 +296,8 @@ class BatchSource:
         left = self._max_samples
         for position, data in enumerate(self._loader):
             data = self._move(data)
+            if _is_empty(data):
+                continue
             count = count_samples(data)
             if left is not None and count is not None:
                 if count > left:
@@ -235,14 +308,16 @@ class BatchSource:
                 return
 
     def _move(self, data: Any) -> Any:
-        def move(tensor: Tensor) -> Tensor:
-            half = self._upcast_half and tensor.dtype in (torch.float16, torch.bfloat16)
-            moved = tensor.to(self._device, torch.float32 if half else tensor.dtype)
+        def move(leaf: Any) -> Any:
+            if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":
+                leaf = torch.from_numpy(np.array(leaf, dtype=leaf.dtype.newbyteorder("=")))
+            if not isinstance(leaf, Tensor):  # PackedSequence, or a batch class of its own, such as a graph's
+                return copy.copy(leaf).to(self._device) if _moves_itself(leaf) else leaf
+            half = self._upcast_half and leaf.dtype in (torch.float16, torch.bfloat16)
+            moved = leaf.to(self._device, torch.float32 if half else leaf.dtype)
             return moved.clone() if moved.is_inference() else moved
 
-        if not tensors_of(data) and hasattr(data, "to"):  # a batch class of its own, such as a graph's
-            return copy.copy(data).to(self._device)
-        return map_tensors(data, move)
+        return _map_leaves(data, move)
 
     def _say(self, note: str) -> None:
         if note not in self.notes:
@@ -261,45 +336,55 @@ def _checked(loader: Any) -> Any:
             f"loader is a data set ({type(loader).__name__}), which gives samples and not batches. "
             "Wrap it: torch.utils.data.DataLoader(dataset, batch_size=256)."
         )
-    if isinstance(loader, (Tensor, Mapping, str)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+    if isinstance(loader, (Tensor, np.ndarray, Mapping, str)) or not (
+        hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+    ):
         raise LoaderError(
             f"loader must be an iterable of batches, got a {type(loader).__name__}. "
             "Pass a DataLoader, or a list with the batch in it: [batch]."
         )
-    if isinstance(loader, tuple) and len(loader) == 2 and all(isinstance(entry, Tensor) for entry in loader):
+    if isinstance(loader, tuple) and len(loader) == 2 and all(isinstance(e, (Tensor, np.ndarray)) for e in loader):
         raise LoaderError(
             "loader is a pair of tensors, which reads as two batches. Pass a list with the pair in it: [(x, y)]."
         )
-    if isinstance(loader, DataLoader) and loader.persistent_workers:
-        return _with_workers_of_its_own(loader)
-    return loader
+    return _with_workers_of_its_own(loader)
 
 
-def _with_workers_of_its_own(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """The same loader without persistent workers.
+def _with_workers_of_its_own(loader: Any) -> Any:
+    """The same loader, or wrapper around a loader, without persistent workers.
 
     A second iterator over persistent workers resets them under a training loop that is in the middle of an epoch:
     measured, 10 batches became 13 and 8 of 100 samples were never seen.
     """
-    how: dict[str, Any] = {"batch_sampler": loader.batch_sampler}
-    if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
-        how = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-    return DataLoader(
-        loader.dataset,
-        **how,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        worker_init_fn=loader.worker_init_fn,
-        generator=loader.generator,
-        multiprocessing_context=loader.multiprocessing_context,
-    )
+    changes: dict[str, Any] = {}
+    if isinstance(loader, DataLoader) and loader.persistent_workers:
+        changes = {"persistent_workers": False, "_iterator": None}
+    for name, inner in getattr(loader, "__dict__", {}).items():
+        if isinstance(inner, DataLoader) and (own := _with_workers_of_its_own(inner)) is not inner:
+            changes[name] = own
+    if not changes:
+        return loader
+    same = copy.copy(loader)  # keeps a subclass, and the settings that a new DataLoader would have to be told
+    same.__dict__.update(changes)
+    return same
 
 
 def _holders(loader: Any) -> list[Any]:
-    """The objects that may carry a generator which a pass over ``loader`` advances."""
-    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
-    found = [loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None), getattr(loader, "dataset", None)]
-    return [holder for holder in found if holder is not None]
+    """The objects that may carry a generator which a pass over ``loader`` advances: what it is made of, four levels deep."""
+    found: dict[int, Any] = {}
+    level = [loader]
+    for _ in range(5):
+        level = [part for part in level if id(part) not in found][: _MOST_HOLDERS - len(found)]
+        found.update({id(part): part for part in level})
+        level = [part for holder in level for part in _parts(holder)]
+    return list(found.values())
+
+
+def _parts(holder: Any) -> Iterator[Any]:
+    for value in getattr(holder, "__dict__", {}).values():
+        for part in value if isinstance(value, (list, tuple)) and len(value) <= 64 else (value,):
+            if hasattr(part, "__dict__") and not isinstance(part, (Tensor, type, types.ModuleType, types.FunctionType)):
+                yield part
 
 
 def _default_cache_bytes(device: torch.device) -> int:

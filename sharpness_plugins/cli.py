@@ -68,12 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _warning_printer(warnings.showwarning)
         try:
-            return command(arguments)
+            code = command(arguments)
+            sys.stdout.flush()
+            return code
         except KeyboardInterrupt:
             print("\nsharpness: interrupted", file=sys.stderr)
             return INTERRUPTED
         except BrokenPipeError:  # the reader of our output, head for one, has seen enough
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives until the interpreter's last flush)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
             return OK
         except Exception as error:
             if arguments.traceback:
@@ -445,8 +447,6 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
 
 
 def _read_checkpoint(path: Path) -> object:
-    import pickle
-
     import torch
 
     try:
@@ -455,7 +455,9 @@ def _read_checkpoint(path: Path) -> object:
         raise CommandError(f"there is no checkpoint {path}") from None
     except IsADirectoryError:
         raise CommandError(f"checkpoint {path} is a folder. Name the file in it that torch.save wrote.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # the unpickler stumbles over foreign bytes in many ways
         if "Unsupported global" in str(error) or "Unsupported class" in str(error):
             raise CommandError(
                 f"checkpoint {path} holds Python objects besides tensors, and to load them could run any code. "

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batches import count_samples, tensors_of
+from .batches import LABEL_KEYS, count_samples, tensors_of
 from .errors import LossRuleError
 
 __all__ = ["LossFn", "LossRule", "WeightedLoss", "call_model", "logits_of", "resolve_loss", "unwrap"]
@@ -30,7 +30,7 @@ _FIXES = (
     "Pass loss_fn=lambda model, batch: ... (the scalar mean loss of a batch), "
     "or criterion=torch.nn.CrossEntropyLoss() (or another) with a loader of pairs (inputs, targets)."
 )
-_LABEL_KEYS = ("labels", "label", "label_ids")
+
 _IGNORED = -100  # torch's default ignore_index
 
 
@@ -99,7 +99,7 @@ def resolve_loss(
         return LossRule(f"criterion {_name_of(criterion)}", _from_criterion(criterion), 1 if is_cross_entropy else None)
     if plugin_rule is not None and (found := plugin_rule(model, batch, criterion)) is not None:
         return LossRule(f"plugin rule {_name_of(found)}", _from_loss_fn(found))
-    if isinstance(batch, Mapping) and any(key in batch for key in _LABEL_KEYS):
+    if isinstance(batch, Mapping) and any(key in batch for key in LABEL_KEYS):
         return _labelled_mapping(model, batch)
     if _is_pair(batch) and isinstance(batch[1], Tensor) and _is_integer(batch[1]):
         return _integer_targets(model, batch)
@@ -286,7 +286,7 @@ def _integer_targets(model: nn.Module, batch: Any) -> LossRule:
 
 
 def _labelled_mapping(model: nn.Module, batch: Mapping[str, Any]) -> LossRule:
-    key = next(key for key in _LABEL_KEYS if key in batch)
+    key = next(key for key in LABEL_KEYS if key in batch)
     takes_labels = _accepts(model, "labels")
     no_cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 

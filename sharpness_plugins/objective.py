@@ -59,7 +59,8 @@ class Objective:
         cost: work done so far.
         notes: sentences that a reader of the numbers must know.
     Raises:
-        LoaderError, LossRuleError: see there. ValueError: nothing to perturb, unknown ``batch_norm``.
+        LoaderError, LossRuleError: see there.
+        ValueError: nothing to perturb, unknown ``batch_norm``; from ``value_and_grad``, a loss cut off from the weights.
         NonFiniteLossError: the loss at the origin is NaN or infinite on some batch, which is named.
     """
 
@@ -181,10 +182,10 @@ class Objective:
 
     def value(self, perturbation: Tensor | None = None) -> float:
         """Mean loss at ``origin + perturbation``, shape ``(dim,)``. One pass, forward only."""
-        point = self._point(perturbation)
         losses: list[Tensor] = []
         weights: list[Tensor] = []
         with self.session(), torch.no_grad():
+            point = self._point(perturbation)
             for batch in self._source:
                 loss, weight = self._batch_loss(point, batch)
                 losses.append(loss)
@@ -199,13 +200,18 @@ class Objective:
 
     def value_and_grad(self, perturbation: Tensor | None = None) -> tuple[float, Tensor]:
         """Mean loss at ``origin + perturbation`` and its gradient, both of shape ``(dim,)``. One pass."""
-        leaf = self._point(perturbation).requires_grad_()
         losses: list[Tensor] = []
         weights: list[Tensor] = []
         gradient: Tensor | None = None
         with self.session():
+            leaf = self._point(perturbation).requires_grad_()
             for batch in self._source:
                 loss, weight = self._batch_loss(leaf, batch)
+                if not loss.requires_grad:
+                    raise ValueError(
+                        f"the loss of batch {batch.position} does not depend on the selected parameters: the model or the loss "
+                        "detaches it (torch.no_grad, .detach(), .item()), or does not use them. Remove that, or select others."
+                    )
                 (part,) = torch.autograd.grad(self._share(loss, weight), leaf)
                 gradient = part if gradient is None else gradient.add_(part)
                 losses.append(loss.detach())
@@ -226,10 +232,10 @@ class Objective:
             SecondDerivativeError: neither mode works on this model.
         """
         rows = vector if vector.ndim == 2 else vector[None]
-        rows = torch.stack([self.space.check(row, "vector") for row in rows])
-        point = self._point(perturbation)
-        products = torch.zeros_like(rows)
         with self.session(), self._second_derivatives():
+            rows = torch.stack([self.space.check(row, "vector") for row in rows])
+            point = self._point(perturbation)
+            products = torch.zeros_like(rows)
             for batch in self._source:
                 products += self._batch_hvp(point, rows, batch)
                 self._tick()
@@ -243,11 +249,11 @@ class Objective:
         ``max_outputs``, the outputs with the largest mean probability. Yields nothing where the model's output is not a
         tensor of scores. The direction in which one class is inflated leads to a local maximum of its own.
         """
-        leaf = self.origin.clone().requires_grad_()
         sums: Tensor | None = None
         probabilities: Tensor | None = None
         taken = 0
         with self.session():
+            leaf = self.origin.clone().requires_grad_()
             for batch in self._source:
                 scores = self._scores(leaf, batch)
                 if scores is None:

@@ -138,6 +138,10 @@ def _dots_and_means(axes: Axes, x: Sequence[float], values: Sequence[float]) -> 
         axes.minorticks_off()
     if _wide([value for _, value in finite]):
         axes.set_yscale("log")
+        ticker = missing_dependency("matplotlib.ticker", extra="plots", purpose="a plot")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))  # 20, 50, 100 where the default has 2 × 10¹
+        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.grid(alpha=0.3)
 
 

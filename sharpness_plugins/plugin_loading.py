@@ -102,9 +102,9 @@ def installed_sources() -> list[Source]:
 
 def _distribution(point: EntryPoint) -> tuple[str, str]:
     try:
-        found = point.dist
-        return (str(found.name), str(found.version)) if found is not None else ("unknown", "unknown")
-    except Exception:  # damaged METADATA: the plugin itself may be well
+        found: Any = point.dist
+        return found.name or "unknown", found.version or "unknown"
+    except Exception:  # METADATA damaged or missing, which some Pythons answer with None; the plugin itself may be well
         return "unknown", "unknown"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import math
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -31,14 +34,18 @@ class ProgressEvent:
 
     @property
     def seconds_left(self) -> float | None:
-        if not self.expected_passes or self.passes <= 0:
+        if not self._expects or self.expected_passes is None or self.passes <= 0:
             return None
         return max(self.expected_passes - self.passes, 0.0) * self.seconds / self.passes
+
+    @property
+    def _expects(self) -> bool:
+        return self.expected_passes is not None and 0 < self.expected_passes < math.inf
 
     def __str__(self) -> str:
         if self.metric is None:
             return ""
-        of = f" of about {self.expected_passes:.0f}" if self.expected_passes else ""
+        of = f" of about {self.expected_passes:.0f}" if self._expects else ""
         left = "" if self.seconds_left is None else f", about {_clock(self.seconds_left)} left"
         return f"{self.metric}: {self.passes:.1f}{of} passes over the data, {_clock(self.seconds)}{left}"
 
@@ -58,7 +65,7 @@ class TerminalProgress:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._drawn_at = 0.0
+        self._drawn_at = -math.inf
         self._width = 0
 
     def __call__(self, event: ProgressEvent) -> None:
@@ -66,9 +73,11 @@ class TerminalProgress:
         if event.metric is not None and now - self._drawn_at < REDRAW_SECONDS:
             return
         self._drawn_at = now
-        text = str(event)
-        self._stream.write("\r" + text.ljust(self._width) + ("" if text else "\r"))
-        self._stream.flush()
+        # a line that wraps could not be redrawn
+        text = str(event)[: shutil.get_terminal_size().columns - 1]
+        if text or self._width:
+            self._stream.write("\r" + text.ljust(self._width) + ("" if text else "\r"))
+            self._stream.flush()
         self._width = len(text)
 
 
@@ -77,7 +86,7 @@ class NotebookProgress:
 
     def __init__(self, display: Callable[..., Any]) -> None:
         self._handle = display({"text/plain": ""}, raw=True, display_id=True)
-        self._drawn_at = 0.0
+        self._drawn_at = -math.inf
 
     def __call__(self, event: ProgressEvent) -> None:
         now = time.monotonic()
@@ -101,9 +110,9 @@ def resolve_listener(progress: bool | ProgressListener | None, stream: TextIO | 
         return None
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
-    if shell is not None and type(shell).__name__ == "ZMQInteractiveShell":
-        return NotebookProgress(sys.modules["IPython.display"].display)
+    if any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__):  # Colab's is a subclass
+        return NotebookProgress(importlib.import_module("IPython.display").display)
     stream = stream or sys.stderr
-    if progress or stream.isatty():
+    if stream is not None and (progress or stream.isatty()):  # a windowed program has no standard error
         return TerminalProgress(stream)
     return None

@@ -26,15 +26,15 @@ class Region(Protocol):
     def contains(self, perturbation: Tensor) -> bool: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Box:
-    """``|e_i| <= half_width_i``, shape ``(dim,)``, half widths not negative."""
+    """``|e_i| <= half_width_i``, shape ``(dim,)``, half widths finite and not negative."""
 
     half_width: Tensor
 
     def __post_init__(self) -> None:
-        if self.half_width.ndim != 1 or not bool((self.half_width >= 0).all()):
-            raise ValueError("half_width must be a vector of numbers >= 0, shape (dim,)")
+        if self.half_width.ndim != 1 or not bool((self.half_width >= 0).logical_and(self.half_width < torch.inf).all()):
+            raise ValueError("half_width must be a vector of finite numbers >= 0, shape (dim,)")
 
     def project(self, perturbation: Tensor) -> Tensor:
         return torch.clamp(perturbation, -self.half_width, self.half_width)
@@ -98,9 +98,16 @@ class SignSubspace:
         return torch.stack(rows[:num_bytes])
 
     def _padded(self, coefficients: Tensor) -> Tensor:
+        _check_shape(coefficients, self.num_columns)
         padded = coefficients.new_zeros(8 * len(self._bytes), dtype=torch.float64)
         padded[: self.num_columns] = coefficients
         return padded.view(-1, 8)
+
+    def _unpacked(self, first: int) -> Tensor:
+        """The signs of one chunk of elements as float32, one row per column of A."""
+        codes = self._bytes[:, first : first + self._CHUNK]
+        bits = torch.arange(8, device=self._device, dtype=torch.uint8)
+        return ((codes[:, None, :] >> bits[:, None] & 1).float() * 2 - 1).reshape(8 * len(codes), -1)
 
     def lift(self, coefficients: Tensor) -> Tensor:
         """``A y``: shape ``(num_columns,)`` to ``(dim,)``. Sixteen table look-ups per parameter for 128 columns."""
@@ -116,6 +123,13 @@ class SignSubspace:
 
     def restrict(self, vector: Tensor) -> Tensor:
         """``Aᵀ g``: shape ``(dim,)`` to ``(num_columns,)``, accumulated in float64."""
+        _check_shape(vector, self.dim)
+        if self._device.type != "cpu":  # weighted bincount is not deterministic there
+            restricted = sum(
+                self._unpacked(first).double() @ vector[first : first + self._CHUNK].double()
+                for first in range(0, self.dim, self._CHUNK)
+            )
+            return (self.scale * torch.as_tensor(restricted))[: self.num_columns].to(self._dtype)
         sums = torch.zeros((len(self._bytes), 256), dtype=torch.float64, device=self._device)
         for first in range(0, self.dim, self._CHUNK):
             weights = vector[first : first + self._CHUNK].double()
@@ -126,10 +140,8 @@ class SignSubspace:
     def gram(self) -> Tensor:
         """``AᵀA / scale²``, shape ``(num_columns, num_columns)``, float64: integers, exact."""
         gram = torch.zeros((8 * len(self._bytes),) * 2, dtype=torch.float64, device=self._device)
-        bits = torch.arange(8, device=self._device, dtype=torch.uint8)
         for first in range(0, self.dim, self._CHUNK):
-            codes = self._bytes[:, first : first + self._CHUNK]
-            signs = ((codes[:, None, :] >> bits[:, None] & 1).float() * 2 - 1).reshape(len(gram), -1)
+            signs = self._unpacked(first)
             gram += (signs @ signs.T).double()  # sums of 2^16 signs are exact in float32
         return gram[: self.num_columns, : self.num_columns]
 
@@ -148,3 +160,8 @@ class SignSubspace:
     def norm_of(self, coefficients: Tensor) -> float:
         """``‖A y‖``."""
         return reductions.norm(self.lift(coefficients)).item()
+
+
+def _check_shape(vector: Tensor, length: int) -> None:
+    if vector.shape != (length,):
+        raise ValueError(f"expected a vector of shape ({length},), got {tuple(vector.shape)}")

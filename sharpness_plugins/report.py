@@ -97,7 +97,7 @@ class MetricResult:
 
 
 @dataclass(frozen=True)
-class SharpnessReport:
+class SharpnessReport(Mapping[str, MetricResult]):
     """The results of one measurement: a mapping from key to ``MetricResult`` that prints as a table.
 
     Attributes:
@@ -124,15 +124,6 @@ class SharpnessReport:
 
     def __len__(self) -> int:
         return len(self.results)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.results
-
-    def keys(self) -> list[str]:
-        return list(self.results)
-
-    def items(self) -> list[tuple[str, MetricResult]]:
-        return list(self.results.items())
 
     @property
     def notes(self) -> list[str]:
@@ -219,14 +210,22 @@ class SharpnessReport:
             )
         try:
             results = {key: _result_from(entry) for key, entry in data["results"].items()}
-            return cls(results, _number(data["loss"]), data["provenance"], Cost(**data["cost"]))
+            return cls(results, _number(data["loss"]), dict(data["provenance"]), _cost_from(data["cost"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"this sharpness report is damaged: {type(error).__name__}: {error}") from error
 
     @classmethod
     def from_json(cls, text: str) -> SharpnessReport:
-        """The inverse of ``to_json``."""
-        return cls.from_dict(json.loads(text))
+        """The inverse of ``to_json``.
+
+        Raises:
+            ValueError: see ``from_dict``; or ``text`` is not JSON.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"this is not a sharpness report: it is not JSON ({error})") from error
+        return cls.from_dict(data)
 
     def to_frame(self) -> pandas.DataFrame:
         """One row per metric; needs pandas."""
@@ -244,7 +243,8 @@ class SharpnessReport:
                     **{f.name: getattr(cost, f.name) for f in fields(Cost)},
                 }
             )
-        frame: pandas.DataFrame = pd.DataFrame(rows).set_index("metric")
+        columns = ["metric", "value", "standard_error", "kind", "status", *(f.name for f in fields(Cost))]
+        frame: pandas.DataFrame = pd.DataFrame(rows, columns=columns).set_index("metric")
         return frame
 
 
@@ -262,7 +262,9 @@ def _plain(value: Any) -> Any:
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (set, frozenset)):
+        return [_plain(entry) for entry in sorted(value, key=repr)]
+    if isinstance(value, (list, tuple)):
         return [_plain(entry) for entry in value]
     if hasattr(value, "tolist"):  # tensors, arrays and their scalars
         return _plain(value.tolist())
@@ -278,6 +280,10 @@ def _result_from(entry: Mapping[str, Any]) -> MetricResult:
         value=_number(entry["value"]),
         standard_error=None if entry["standard_error"] is None else float(entry["standard_error"]),
         status=Status(Kind(entry["status"]["kind"]), str(entry["status"]["message"])),
-        details=entry["details"],
-        cost=None if entry["cost"] is None else Cost(**entry["cost"]),
+        details=dict(entry["details"]),
+        cost=None if entry["cost"] is None else _cost_from(entry["cost"]),
     )
+
+
+def _cost_from(entry: Mapping[str, Any]) -> Cost:
+    return Cost(**{f.name: _number(entry[f.name]) for f in fields(Cost)})

@@ -115,16 +115,23 @@ def generator_states(holders: Iterable[Any]) -> GeneratorStates:
 
 
 def set_generator_states(states: GeneratorStates, *, offset: int = 0) -> None:
-    """Put the generators back into these states; with an ``offset``, torch's into another, equally fixed one."""
+    """Put the generators back into these states; with an ``offset``, into another one that is as fixed."""
     for generator, state in states:
-        if isinstance(generator, np.random.Generator):
-            generator.bit_generator.state = state
-        elif isinstance(generator, random.Random):
-            generator.setstate(state)
-        else:
+        if isinstance(generator, torch.Generator):
             generator.set_state(state)
-            if offset and isinstance(generator, torch.Generator):
+            if offset:
                 generator.manual_seed(generator.initial_seed() + offset)
+        elif isinstance(generator, np.random.Generator):
+            bits = generator.bit_generator
+            bits.state = type(bits)(offset).state if offset else state
+        elif isinstance(generator, np.random.RandomState):
+            generator.set_state(state)
+            if offset:
+                generator.seed(offset)
+        else:
+            generator.setstate(state)
+            if offset:
+                generator.seed(offset)
 
 
 def _state(generator: Any) -> Any:

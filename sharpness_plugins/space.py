@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -47,8 +47,10 @@ class ParameterSpace:
         chosen = {p: names[0] for p, names in aliases.items() if p.requires_grad and _matches(select, p, names)}
         if not chosen:
             raise ValueError(_nothing_selected(select, aliases))
+        for name, tensor in [*((names[0], p) for p, names in aliases.items()), *model.named_buffers()]:
+            _check_has_values(name, tensor)
         for parameter, name in chosen.items():
-            _check_measurable(name, parameter)
+            _check_real(name, parameter)
 
         ordinal = {parameter: i for i, parameter in enumerate(aliases)}
         self.names = list(chosen.values())
@@ -122,16 +124,23 @@ def _matches(select: Select, parameter: nn.Parameter, names: list[str]) -> bool:
     if callable(select):
         return any(select(name, parameter) for name in names)
     globs = [select] if isinstance(select, str) else select
+    if not isinstance(globs, Iterable) or not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(
+            f"select must be None, a predicate (name, parameter) -> bool, or one or more globs such as 'layer4.*', "
+            f"got {select if not isinstance(select, Iterable) else [type(glob).__name__ for glob in select]}"
+        )
     return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
 
 
-def _check_measurable(name: str, parameter: nn.Parameter) -> None:
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        raise ValueError(
-            f"parameter {name!r} is not initialized yet (a lazy module). Run one batch through the model first."
-        )
-    if parameter.is_meta:
-        raise ValueError(f"parameter {name!r} is on the meta device and has no values. Load the weights first.")
+def _check_has_values(name: str, tensor: Tensor) -> None:
+    kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+    if nn.parameter.is_lazy(tensor):
+        raise ValueError(f"{kind} {name!r} is not initialized yet (a lazy module). Run one batch through the model first.")
+    if tensor.is_meta:
+        raise ValueError(f"{kind} {name!r} is on the meta device and has no values. Load the weights first.")
+
+
+def _check_real(name: str, parameter: nn.Parameter) -> None:
     if not parameter.is_floating_point():
         raise ValueError(
             f"parameter {name!r} is {parameter.dtype}, and sharpness is defined here for real parameters only. "
@@ -147,5 +156,8 @@ def _nothing_selected(select: Select, aliases: dict[nn.Parameter, list[str]]) ->
     if not trainable:
         return f"all {len(names)} parameters of the model are frozen. Set requires_grad=True on those to perturb."
     shown = ", ".join(trainable[:8]) + (", ..." if len(trainable) > 8 else "")
-    hint = did_you_mean(select, trainable) if isinstance(select, str) else ""
+    hint = ""
+    if isinstance(select, str):
+        is_module = any(name.startswith(f"{select}.") for name in trainable)
+        hint = f" Did you mean {select + '.*'!r}?" if is_module else did_you_mean(select, trainable)
     return f"select={select!r} matches no trainable parameter, so there is nothing to perturb.{hint} Trainable: {shown}"

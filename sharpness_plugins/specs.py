@@ -154,9 +154,7 @@ class FunctionMetric:
 
     def with_settings(self, /, **settings: Any) -> FunctionMetric:
         """The same metric with these settings changed."""
-        changed = replace(self, settings={**self.settings, **settings})
-        object.__setattr__(changed, SPEC, vars(self).get(SPEC))
-        return changed
+        return replace(self, settings={**self.settings, **settings})
 
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
         wants_rng = "rng" in inspect.signature(self.function).parameters

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sharpness_plugins import registry
+from sharpness_plugins import plugin_loading, registry
 from sharpness_plugins.errors import DuplicateNameError, PluginWarning, SharpnessError, UnknownNameError
 from sharpness_plugins.registry import (
     MetricSpec,
@@ -32,6 +32,7 @@ from sharpness_plugins.registry import (
     plugins,
 )
 from sharpness_plugins.report import Kind, MetricResult
+from sharpness_plugins.specs import spec_of
 
 DATA = Path(__file__).parent / "data" / "plugins"
 
@@ -60,6 +61,26 @@ def install(monkeypatch):
             monkeypatch.syspath_prepend(str(DATA / distribution))
 
     return put_on_path
+
+
+ONE_METRIC = "from sharpness_plugins import metric\n@metric('{}')\ndef f(objective): return 0.0\n"
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a distribution and puts it on the path: for what is too small for a folder of its own."""
+
+    def write_distribution(name, entry_point, **modules):
+        info = tmp_path / f"{name.replace('-', '_')}-0.1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
+        (info / "entry_points.txt").write_text(f"[sharpness_plugins]\n{entry_point}\n")
+        for module, text in modules.items():
+            (tmp_path / f"{module}.py").write_text(text)
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    write_distribution.folder = tmp_path
+    return write_distribution
 
 
 def warnings_of(use):
@@ -155,6 +176,8 @@ def test_entry_point_may_name_an_object_a_class_a_spec_or_a_metric(install):
         "by_function": "a_function",
         "by_metric_class": "a_metric_class",
     }
+    # One class under four names: it is known by the one that it bears itself.
+    assert metric_provenance(get_metric("by_spec")) == ("a_metric_class", "sp-kinds", "0.1")
     assert len(sentences) == 3
     empty, needs_arguments, not_there = sentences
     assert "'empty'" in empty
@@ -265,15 +288,87 @@ def test_keyboard_interrupt_passes_and_leaves_no_half_built_registry(install, mo
     assert [record.name for record in plugins()].count("builtin") == 1
 
 
-def test_damaged_metadata_of_a_plugin_does_not_stop_it(install, tmp_path, monkeypatch):
-    folder = tmp_path / "sp_nameless-1.0.dist-info"
-    folder.mkdir()
-    (folder / "entry_points.txt").write_text("[sharpness_plugins]\nnameless = sp_nameless\n")
-    (tmp_path / "sp_nameless.py").write_text(
-        "from sharpness_plugins.registry import metric\n\n@metric('nameless')\ndef f(objective):\n    return 0.0\n"
+def test_missing_metadata_of_a_plugin_does_not_stop_it(write, install):
+    write("sp-nameless", "nameless = sp_nameless", sp_nameless=ONE_METRIC.format("nameless"))
+    next(write.folder.glob("*.dist-info/METADATA")).unlink()
+    install("exits")
+    sentences = warnings_of(plugins)
+    assert available_metrics()["nameless"].distribution == "unknown"
+    assert len(sentences) == 1
+
+
+def test_distribution_of_damaged_metadata_is_unknown():
+    class Damaged:
+        @property
+        def dist(self):
+            raise KeyError("Version")
+
+    assert plugin_loading._distribution(Damaged()) == ("unknown", "unknown")
+
+
+def test_unreadable_entry_points_leave_the_builtins(monkeypatch):
+    def unreadable(group):
+        raise TypeError("damaged entry_points.txt")
+
+    monkeypatch.setattr(plugin_loading, "entry_points", unreadable)
+    assert "cannot be read: TypeError: damaged entry_points.txt" in only_warning()
+    assert "epsilon_box" in available_metrics()
+
+
+def test_warning_about_a_shared_entry_point_name_disables_only_the_faulty_one(install, write):
+    install("twin_a")
+    write("sp-twin-c", "twin = sp_not_there")
+    assert only_warning().endswith("SHARPNESS_PLUGINS_DISABLE=sp-twin-c")
+
+
+def test_metric_exported_by_two_distributions_is_one_metric(install, write):
+    install("good")
+    write("sp-reexport", "again = sp_reexport", sp_reexport="from sp_good import loss")
+    assert available_metrics("good_loss")["good_loss"].distribution == "sp-good"
+    assert record_of("again").metrics == ("good_loss",)
+
+
+def test_lazy_names_of_a_plugin_module_are_left_alone(write):
+    lazy = (
+        "woken = []\n"
+        "def __dir__(): return ['heavy', 'sharpness_metrics']\n"
+        "def __getattr__(name): woken.append(name); raise AttributeError(name)\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert "nameless" in available_metrics()
+    write("sp-heavy", "heavy = sp_heavy", sp_heavy=lazy + ONE_METRIC.format("light"))
+    assert "light" in available_metrics()
+    assert not {"heavy", "sharpness_metrics"} & set(sys.modules["sp_heavy"].woken)
+
+
+@pytest.mark.parametrize(
+    ("marker", "reason"),
+    [
+        ("@hookimpl(wrapper=True)", "is a hook wrapper, which is not supported"),
+        ("@hookimpl(specname='sharpness_measure_done')", "no hook 'sharpness_measure_done'"),
+        ("@hookimpl(specname='sharpness_measure_done', optionalhook=True)", None),
+    ],
+)
+def test_hook_options(write, marker, reason):
+    hook = f"from sharpness_plugins import hookimpl\n{marker}\ndef sharpness_measure_end(report): yield\n"
+    write("sp-options", "options = sp_options", sp_options=hook + ONE_METRIC.format("beside_options"))
+    sentences = warnings_of(plugins)
+    assert len(sentences) == (reason is not None)
+    assert reason is None or reason in sentences[0]
+    assert "beside_options" in available_metrics()
+    assert list(call_hook("sharpness_measure_end", report=None)) == []
+
+
+@pytest.mark.parametrize("order", ["@staticmethod\n    @hookimpl", "@hookimpl\n    @staticmethod"])
+def test_static_method_is_a_hook_or_is_said_not_to_be(write, order):
+    write(
+        "sp-static",
+        "static = sp_static:Plugin",
+        sp_static="from sharpness_plugins import hookimpl\n"
+        f"class Plugin:\n    {order}\n    def sharpness_measure_end(report): return report\n",
+    )
+    sentences = warnings_of(plugins)
+    answers = list(call_hook("sharpness_measure_end", report=5))
+    assert (answers == [("static", 5)]) != any("sharpness_measure_end" in sentence for sentence in sentences)
+    assert answers or order.startswith("@hookimpl")
 
 
 @pytest.mark.parametrize("named", ["exits", "sp-exits", "SP_Exits", "good, exits ,"])
@@ -433,10 +528,7 @@ def test_docstring_of_every_hook_holds_a_plugin_that_loads(own_registry):
         text = inspect.getdoc(getattr(registry.Hooks, name)).split("::\n", 1)[1]
         code = "\n".join(line for line in text.splitlines() if line.startswith(" ") or not line)
         scope = {}
-        exec(
-            textwrap.dedent(code).replace("from sharpness_plugins import", "from sharpness_plugins.registry import"),
-            scope,
-        )
+        exec(textwrap.dedent(code), scope)
         plugin = type("Plugin", (), {name: staticmethod(scope[name])})()
         taken, problems = registry.HookTable(registry.Hooks).add(plugin, None)
         assert (taken, problems) == ([name], [])
@@ -469,9 +561,7 @@ def test_decorated_function_is_a_metric():
 
 
 def test_settings_of_a_function_are_checked_and_frozen():
-    with pytest.raises(
-        TypeError, match=r"'without_rng' has no setting 'pwer'. Did you mean 'power'\? Settings: power=1"
-    ):
+    with pytest.raises(TypeError, match=r"'without_rng' has no setting 'pwer'. Did you mean 'power'\? Settings: power=1"):
         without_rng.with_settings(pwer=2)
     with pytest.raises(FrozenInstanceError):
         without_rng.name = "other"
@@ -539,6 +629,8 @@ def test_decorated_class_stays_itself():
 
     assert metric_provenance(Before()) == (__name__, "", "")
     assert metric_provenance(Heir()) is None
+    assert spec_of(Before).name == "top"
+    assert spec_of(Heir) is None  # else a plugin that offers the heir would offer the base
 
 
 def test_class_that_is_no_frozen_dataclass_is_refused():

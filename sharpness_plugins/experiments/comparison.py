@@ -133,10 +133,8 @@ class BatchSizeComparison:
         pair = self.paired(quantity)
         if pair is None:
             return [label, *cells, "-", "-"]
-        if in_points:
-            change = f"{pair.mean_difference:+.2f} points"
-        else:
-            change = "-" if pair.ratio is None else f"x {pair.ratio:.3g}"
+        ratio = "-" if pair.ratio is None else f"x {pair.ratio:.3g}"
+        change = f"{pair.mean_difference:+.2f} points" if in_points else ratio
         return [label, *cells, change, f"{pair.count(1)} of {len(pair.differences)} seeds"]
 
     def sentences(self) -> list[str]:

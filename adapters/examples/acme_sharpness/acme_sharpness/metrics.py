@@ -7,13 +7,12 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sharpness_plugins.registry import metric
-from sharpness_plugins.report import Kind, MetricResult, Status
+from sharpness_plugins import Kind, MetricResult, Status, metric
 
 if TYPE_CHECKING:
     import torch
 
-    from sharpness_plugins.objective import Objective
+    from sharpness_plugins import Objective
 
 
 @metric("acme_gradient_norm")
@@ -51,7 +50,5 @@ class AverageRise:
         return MetricResult(
             value=statistics.fmean(rises),
             standard_error=statistics.stdev(rises) / math.sqrt(self.num_draws),
-            status=Status(
-                Kind.ESTIMATE, f"mean over {self.num_draws} pairs of random directions, sigma {self.sigma:g}"
-            ),
+            status=Status(Kind.ESTIMATE, f"mean over {self.num_draws} pairs of random directions, sigma {self.sigma:g}"),
         )

@@ -1,0 +1,412 @@
+"""Value, gradient and Hessian-vector products: right numbers, any batching, no trace."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from torch import nn
+
+from sharpness_plugins.errors import LoaderError, NonFiniteLossError, SecondDerivativeError
+from sharpness_plugins.objective import Objective
+
+
+def direction(dim: int, seed: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(like)
+
+
+@pytest.mark.parametrize("sizes", [(20,), (7, 7, 6), (1, 19), (5, 5, 5, 5)])
+def test_any_batching_gives_the_loss_gradient_and_hessian_of_the_whole(sizes):
+    problem = oracles.small_classifier()
+    objective = Objective(problem.model, problem.loader(*sizes))
+    e, v = direction(objective.dim, 1, objective.origin), direction(objective.dim, 2, objective.origin)
+
+    point = (problem.flat_weights() + 0.1 * e).requires_grad_()
+    loss = problem.flat_loss()(point)
+    (gradient,) = torch.autograd.grad(loss, point)
+    product = torch.autograd.functional.hvp(problem.flat_loss(), point.detach(), v)[1]
+
+    assert objective.value(0.1 * e) == pytest.approx(loss.item(), rel=1e-13)
+    found, found_gradient = objective.value_and_grad(0.1 * e)
+    assert found == pytest.approx(loss.item(), rel=1e-13)
+    torch.testing.assert_close(found_gradient, gradient, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(objective.hvp(v, 0.1 * e), product, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("mode", ["forward over reverse", "double backward"])
+def test_hvp_equals_the_dense_hessian(mode):
+    problem = oracles.small_classifier()
+    objective = Objective(problem.model, problem.loader(8, 8, 4))
+    objective._hvp_mode = mode
+    rows = objective.hvp(torch.eye(objective.dim, dtype=torch.float64))
+    torch.testing.assert_close(rows, problem.dense_hessian(), rtol=1e-9, atol=1e-11)
+    assert objective.cost.hvps == objective.dim
+    assert objective.cost.passes == pytest.approx(2)  # the first look at the loss, and one sweep for all rows
+
+
+def test_hvp_of_a_linear_loss_is_zero():
+    slope = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    objective = oracles.objective_of(lambda w: slope @ w, torch.ones(3, dtype=torch.float64))
+    for mode in ("forward over reverse", "double backward"):
+        objective._hvp_mode = mode
+        assert torch.equal(objective.hvp(slope), torch.zeros(3, dtype=torch.float64))
+
+
+def test_unused_parameters_have_zero_derivatives():
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([3.0]))
+
+        def forward(self) -> torch.Tensor:
+            return (self.used**3).sum()
+
+    objective = Objective(Half(), [torch.zeros(1)], loss_fn=lambda model, batch: model())
+    assert objective.value_and_grad()[1].tolist() == [3.0, 12.0, 0.0]
+    assert objective.hvp(torch.ones(3)).tolist() == [6.0, 12.0, 0.0]
+
+
+def test_a_loss_that_does_not_depend_on_the_weights_is_an_error():
+    objective = oracles.objective_of(lambda w: w.detach().sum() * 0 + 1, torch.ones(3))
+    with pytest.raises(ValueError, match="does not depend on the selected parameters"):
+        objective.value_and_grad()
+
+
+def test_loss_accumulates_in_float64_on_float32_models():
+    """A saturated softmax: float32 cross-entropy rounds to 0, and its gradient with it."""
+    model = nn.Linear(1, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[20.0], [0.0]]))
+    objective = Objective(model, [(torch.ones(3, 1), torch.zeros(3, dtype=torch.long))])
+    assert objective.loss == pytest.approx(np.log1p(np.exp(-20.0)), rel=1e-7)
+
+
+def test_tied_weights_count_once_and_get_both_gradients():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 3, bias=False)
+            self.second = nn.Linear(3, 3, bias=False)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x))
+
+    model = Tied().double()
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    objective = Objective(model, [(x, y)])
+    assert objective.dim == 9
+    loss = nn.functional.cross_entropy(model(x), y)
+    (expected,) = torch.autograd.grad(loss, model.first.weight)
+    torch.testing.assert_close(objective.value_and_grad()[1], expected.reshape(-1))
+    # and the perturbation reaches both places
+    e = 0.1 * torch.ones(9, dtype=torch.float64)
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        moved.first.weight += 0.1
+    assert objective.value(e) == pytest.approx(nn.functional.cross_entropy(moved(x), y).item(), rel=1e-13)
+
+
+def test_frozen_and_unselected_parameters_stay():
+    problem = oracles.small_classifier()
+    problem.model[0].weight.requires_grad_(False)
+    objective = Objective(problem.model, problem.loader(), select="*weight")
+    assert objective.space.names == ["2.weight"]
+    full = Objective(problem.model, problem.loader())
+    assert full.space.names == ["0.bias", "2.weight", "2.bias"]
+    torch.testing.assert_close(objective.value_and_grad()[1], full.value_and_grad()[1][6:24])
+
+
+def test_half_precision_is_measured_in_float32_and_said():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).to(torch.bfloat16)
+    x, y = torch.randn(6, 4).to(torch.bfloat16), torch.tensor([0, 1, 2, 0, 1, 2])
+    objective = Objective(model, [(x, y)])
+    reference = Objective(copy.deepcopy(model).float(), [(x.float(), y)])
+    assert objective.loss == reference.loss
+    assert objective.origin.dtype == torch.float32
+    e = torch.full((objective.dim,), 1e-4)
+    assert objective.value(e) == reference.value(e) != objective.loss
+    assert any("float32 copy" in note for note in objective.notes)
+    assert model[0].weight.dtype == torch.bfloat16
+
+
+def batch_norm_net() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+    model(3 + 2 * torch.randn(64, 4))  # running statistics that differ from the batch's
+    return model
+
+
+def test_batch_norm_policies():
+    model = batch_norm_net().double()
+    x, y = torch.randn(12, 4, dtype=torch.float64), torch.arange(12) % 3
+    running = Objective(model, [(x, y)])
+    batch = Objective(model, [(x, y)], batch_norm="batch")
+    assert running.loss == pytest.approx(nn.functional.cross_entropy(model.eval()(x), y).item(), rel=1e-12)
+    by_hand = copy.deepcopy(model).eval()
+    by_hand[1].train()
+    assert batch.loss == pytest.approx(nn.functional.cross_entropy(by_hand(x), y).item(), rel=1e-12)
+    assert abs(running.loss - batch.loss) > 1e-3
+    assert any("BatchNorm" in note for note in batch.notes)
+    # with batch statistics, a bias before the normalization does not matter
+    bias = torch.zeros(batch.dim, dtype=torch.float64)
+    bias[32:40] = 1.0
+    assert batch.value(bias) == pytest.approx(batch.loss, rel=1e-9)
+    assert abs(running.value(bias) - running.loss) > 1e-3
+    for objective in (running, batch):
+        v = direction(objective.dim, 0, objective.origin)
+        objective._hvp_mode = None
+        first = objective.hvp(v)
+        other = Objective(model, [(x, y)], batch_norm=objective._batch_norm)
+        other._hvp_mode = "double backward"
+        torch.testing.assert_close(first, other.hvp(v), rtol=1e-9, atol=1e-11)
+
+
+def fingerprint(model: nn.Module) -> list[object]:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [
+        [(name, tensor.detach().clone(), id(tensor), tensor._version, tensor.requires_grad) for name, tensor in named],
+        [None if p.grad is None else (id(p.grad), p.grad.clone()) for p in model.parameters()],
+        [module.training for module in model.modules()],
+        [len(module._forward_hooks) for module in model.modules()],
+        torch.get_rng_state(),
+        random.getstate(),
+        np.random.get_state(),  # noqa: NPY002
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.backends.mha.get_fastpath_enabled(),
+    ]
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+class Failing(nn.Module):
+    """Fails at a given call, wherever that falls."""
+
+    def __init__(self, inner: nn.Module, at_call: int, error: BaseException) -> None:
+        super().__init__()
+        self.inner, self.at_call, self.error, self.calls = inner, at_call, error, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == self.at_call:
+            raise self.error
+        return self.inner(x)
+
+
+def mixed_mode_model() -> nn.Module:
+    model = batch_norm_net()
+    model.train()
+    model[1].eval()
+    model[4].bias.requires_grad_(False)
+    model(torch.randn(8, 4)).sum().backward()
+    return model
+
+
+@pytest.mark.parametrize("batch_norm", ["eval", "batch"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_no_trace_after_success(batch_norm, grad):
+    model = mixed_mode_model()
+    data = torch.utils.data.TensorDataset(torch.randn(12, 4), torch.arange(12) % 3)
+    own = torch.Generator().manual_seed(7)
+    loader = torch.utils.data.DataLoader(data, batch_size=5, shuffle=True, generator=own)
+    before, before_own = fingerprint(model), own.get_state()
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=torch.bfloat16, enabled=grad):
+        inside = fingerprint(model)
+        objective = Objective(model, loader, batch_norm=batch_norm, cache_bytes=0)
+        objective.value_and_grad()
+        objective.hvp(torch.ones(objective.dim))
+        list(objective.output_gradients())
+        assert same(fingerprint(model), inside)
+    assert same(fingerprint(model), before)
+    assert torch.equal(own.get_state(), before_own)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("model"), KeyboardInterrupt()], ids=["exception", "ctrl-c"])
+@pytest.mark.parametrize("at_call", [1, 2, 3, 4, 5])
+def test_no_trace_after_a_failure(error, at_call):
+    model = Failing(mixed_mode_model(), at_call, error)
+    loader = [(torch.randn(6, 4), torch.arange(6) % 3)]
+    before = fingerprint(model)
+
+    def measure() -> None:
+        objective = Objective(model, loader)
+        objective.value_and_grad()
+        objective._hvp_mode = "double backward"
+        objective.hvp(torch.ones(objective.dim))
+        for _ in range(5):
+            objective.value()
+
+    with pytest.raises(type(error)):
+        measure()
+    assert same(fingerprint(model), before)
+
+
+def test_works_inside_inference_mode_and_on_inference_tensors():
+    problem = oracles.small_classifier(torch.float32)
+    expected = Objective(problem.model, problem.loader())
+    with torch.inference_mode():
+        x = problem.inputs.clone()
+        objective = Objective(problem.model, [(x, problem.targets)])
+        value, gradient = objective.value_and_grad()
+        product = objective.hvp(torch.ones(objective.dim))
+    assert value == expected.loss
+    torch.testing.assert_close(gradient.clone(), expected.value_and_grad()[1])
+    torch.testing.assert_close(product.clone(), expected.hvp(torch.ones(expected.dim)))
+
+
+def test_autocast_around_the_call_changes_nothing():
+    problem = oracles.small_classifier(torch.float32)
+    plain = Objective(problem.model, problem.loader())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = Objective(problem.model, problem.loader())
+        assert inside.loss == plain.loss
+        assert torch.equal(inside.value_and_grad()[1], plain.value_and_grad()[1])
+
+
+def test_a_model_that_writes_to_its_inputs_sees_them_fresh_each_time():
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x.mul_(2)
+            return self.linear(x)
+
+    torch.manual_seed(0)
+    model, x, y = Writes(), torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    kept = x.clone()
+    objective = Objective(model, [(x, y)])
+    assert objective.value() == objective.value() == objective.loss
+    assert objective.loss == pytest.approx(nn.functional.cross_entropy(model.linear(2 * kept), y).item(), rel=1e-6)
+    assert torch.equal(x, kept)
+
+
+def test_nan_loss_names_the_batch():
+    problem = oracles.small_classifier(torch.float32)
+    loader = problem.loader(5, 5, 5, 5)
+    loader[2][0][1, 1] = float("nan")
+    with pytest.raises(NonFiniteLossError, match=r"nan on batch 2 of 4 \(counted from 0\)"):
+        Objective(problem.model, loader)
+
+
+def test_a_loss_that_overflows_only_when_perturbed_is_a_value_and_no_error():
+    objective = oracles.objective_of(lambda w: torch.exp(w.sum()), torch.zeros(2))
+    assert objective.value(torch.full((2,), 1e3)) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"model": "net"}, TypeError, "must be a torch.nn.Module"),
+        ({"loader": []}, LoaderError, "empty"),
+        ({"loader": iter([1])}, LoaderError, "only once"),
+        ({"batch_norm": "train"}, ValueError, "batch_norm must be one of"),
+        ({"select": "nothing*"}, ValueError, "matches no trainable parameter"),
+        ({"max_samples": 0}, ValueError, "max_samples must be at least 1"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(arguments, error, match):
+    problem = oracles.small_classifier()
+    given = {"model": problem.model, "loader": problem.loader(), **arguments}
+    with pytest.raises(error, match=match):
+        Objective(given.pop("model"), given.pop("loader"), **given)
+
+
+def test_a_perturbation_of_the_wrong_shape_is_refused():
+    problem = oracles.small_classifier()
+    objective = Objective(problem.model, problem.loader())
+    for call in (objective.value, objective.value_and_grad, objective.hvp):
+        with pytest.raises(ValueError, match=r"must have shape \(51,\)"):
+            call(torch.zeros(50))
+
+
+def test_no_second_derivative_is_a_clear_error_and_a_failing_model_keeps_its_own():
+    bag = nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 2))
+    objective = Objective(bag, [(torch.randint(0, 10, (6, 3)), torch.arange(6) % 2)])
+    with pytest.raises(SecondDerivativeError, match="forward over reverse: .*double backward: "):
+        objective.hvp(torch.ones(objective.dim))
+    failing = Failing(nn.Linear(3, 2), 10**9, RuntimeError("the model's own"))
+    objective = Objective(failing, [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))])
+
+    class Always(RuntimeError):
+        pass
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise Always("the model's own")
+
+    failing.inner.forward = broken
+    with pytest.raises(Always, match="the model's own"):
+        objective.hvp(torch.ones(objective.dim))
+
+
+def test_cost_counts_full_data_equivalents():
+    problem = oracles.small_classifier()
+    objective = Objective(problem.model, problem.loader(8, 12))
+    before = objective.cost
+    objective.value()
+    objective.value_and_grad()
+    objective.hvp(torch.ones(objective.dim))
+    objective.hvp(torch.ones(3, objective.dim))
+    cost = objective.cost - before
+    assert (cost.values, cost.gradients, cost.hvps) == (1, 1, 4)
+    assert cost.passes == pytest.approx(4)
+    assert cost.seconds > 0
+
+
+def test_output_gradients_are_those_of_the_mean_logits():
+    problem = oracles.small_classifier()
+    objective = Objective(problem.model, problem.loader(7, 13))
+    point = problem.flat_weights().requires_grad_()
+    found = dict(objective.output_gradients())
+    assert list(found) == [0, 1, 2]
+    names = [name for name, _ in problem.model.named_parameters()]
+    sizes = [p.numel() for p in problem.model.parameters()]
+    pieces = dict(zip(names, point.split(sizes), strict=True))
+    views = {name: pieces[name].view(p.shape) for name, p in problem.model.named_parameters()}
+    logits = torch.func.functional_call(problem.model, views, (problem.inputs,))
+    for k in range(3):
+        (expected,) = torch.autograd.grad(logits[:, k].sum(), point, retain_graph=True)
+        torch.testing.assert_close(found[k], expected)
+
+
+def test_there_are_no_output_gradients_where_the_model_gives_no_scores():
+    objective = oracles.objective_of(lambda w: (w**2).sum(), torch.ones(3))
+    assert list(objective.output_gradients()) == []
+
+
+def test_a_batch_without_weight_does_not_count():
+    problem = oracles.small_classifier()
+    ignored = (problem.inputs[:4], torch.full((4,), -100))
+    with_it = Objective(problem.model, [*problem.loader(), ignored])
+    without = Objective(problem.model, problem.loader())
+    assert with_it.loss == pytest.approx(without.loss, rel=1e-14)
+    torch.testing.assert_close(with_it.value_and_grad()[1], without.value_and_grad()[1])
+    with pytest.raises(ValueError, match="every target is ignored"):
+        Objective(problem.model, [ignored])
+
+
+def test_one_flat_leaf_is_split_and_not_sliced():
+    """Slicing one leaf per parameter costs 82 times a split: every slice's backward writes a full-size zero tensor."""
+    problem = oracles.small_classifier()
+    objective = Objective(problem.model, problem.loader())
+    with torch.profiler.profile() as profile:
+        objective.value_and_grad()
+    operations = {event.key for event in profile.key_averages()}
+    assert any("Split" in name for name in operations)
+    assert not any("SliceBackward" in name or "NarrowBackward" in name for name in operations)
