@@ -54,15 +54,15 @@ def _map_leaves(batch: Any, fn: Callable[[Any], Any]) -> Any:
         mapped = {key: _map_leaves(entry, fn) for key, entry in batch.items()}
         if type(batch) is dict or not isinstance(batch, MutableMapping):
             return mapped
-        same = copy.copy(batch)  # BatchEncoding and friends keep their type
+        same: Any = copy.copy(batch)  # BatchEncoding and friends keep their type
         for key, entry in mapped.items():
             same[key] = entry
         return same
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        same = copy.copy(batch)
+        twin: Any = copy.copy(batch)
         for f in dataclasses.fields(batch):
-            object.__setattr__(same, f.name, _map_leaves(getattr(batch, f.name), fn))  # frozen ones, too
-        return same
+            object.__setattr__(twin, f.name, _map_leaves(getattr(batch, f.name), fn))  # frozen ones, too
+        return twin
     return fn(batch)
 
 
@@ -81,7 +81,8 @@ def tensors_of(batch: Any) -> list[Tensor]:
 def count_samples(batch: Any) -> int | None:
     """Number of samples: the leading size of the last tensor of the batch (the targets), or of its labels in a mapping.
 
-    A batch object of its own, such as a graph's, may tell it as ``num_graphs``. None where no tensor has a leading dimension.
+    A batch object of its own, such as a graph's, may tell it as ``num_graphs``. None where no tensor has a leading
+    dimension.
     """
     graphs = getattr(batch, "num_graphs", None)
     if isinstance(graphs, int):
@@ -155,7 +156,7 @@ class _Fingerprint:
             rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
             # a position-dependent weight: flips and crops of an image keep its plain sum
             weights = torch.sin(torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float64) + position)
-            for some in rows.split(max(1, _FINGERPRINT_ELEMENTS // rows.shape[1])):
+            for some in torch.split(rows, max(1, _FINGERPRINT_ELEMENTS // rows.shape[1])):
                 per_sample = torch.nan_to_num(some.to(torch.float64), nan=0.5, posinf=1.0, neginf=-1.0) @ weights
                 self._sums.append(torch.stack([per_sample.sum(), per_sample.square().sum(), per_sample.abs().sum()]).cpu())
 
@@ -374,7 +375,8 @@ def _holders(loader: Any) -> list[Any]:
     found: dict[int, Any] = {}
     level = [loader]
     for _ in range(5):
-        level = [part for part in level if id(part) not in found][: _MOST_HOLDERS - len(found)]
+        new = {id(part): part for part in level if id(part) not in found}
+        level = list(new.values())[: _MOST_HOLDERS - len(found)]
         found.update({id(part): part for part in level})
         level = [part for holder in level for part in _parts(holder)]
     return list(found.values())

@@ -7,6 +7,8 @@ denominator: samples, or tokens that are not ignored), so that any batching of t
 from __future__ import annotations
 
 import inspect
+import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batches import LABEL_KEYS, count_samples, tensors_of
+from .batches import LABEL_KEYS, count_samples
 from .errors import LossRuleError
 
 __all__ = ["LossFn", "LossRule", "WeightedLoss", "call_model", "logits_of", "resolve_loss", "unwrap"]
@@ -32,6 +34,9 @@ _FIXES = (
 )
 
 _IGNORED = -100  # torch's default ignore_index
+_DATA_PARALLEL = ("DataParallel", "DistributedDataParallel", "_FabricModule")
+# their mean is over the elements of the output, of which a sample may have more or fewer (padded sequences)
+_ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, list[str]]:
     wrappers: list[str] = []
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
+        if inner is None and type(model).__name__ in _DATA_PARALLEL:
             inner = model.module
         if not isinstance(inner, nn.Module):
             return model, wrappers
@@ -90,13 +95,17 @@ def resolve_loss(
     if loss_fn is not None:
         return LossRule(f"loss_fn {_name_of(loss_fn)}", _from_loss_fn(loss_fn))
     if criterion is not None:
+        if isinstance(criterion, type):
+            raise TypeError(f"criterion is a class; pass an instance: criterion={criterion.__name__}()")
         if not _is_pair(batch):
             raise LossRuleError(
                 f"criterion needs batches that are pairs (inputs, targets), but the loader gives {_describe(batch)}. "
                 "Pass loss_fn=lambda model, batch: ... instead."
             )
         is_cross_entropy = type(criterion) is nn.CrossEntropyLoss or criterion is F.cross_entropy
-        return LossRule(f"criterion {_name_of(criterion)}", _from_criterion(criterion), 1 if is_cross_entropy else None)
+        summed = ", its sum divided by its count" if getattr(criterion, "reduction", None) == "sum" else ""
+        axis = 1 if is_cross_entropy else None
+        return LossRule(f"criterion {_name_of(criterion)}{summed}", _from_criterion(criterion), axis)
     if plugin_rule is not None and (found := plugin_rule(model, batch, criterion)) is not None:
         return LossRule(f"plugin rule {_name_of(found)}", _from_loss_fn(found))
     if isinstance(batch, Mapping) and any(key in batch for key in LABEL_KEYS):
@@ -118,7 +127,7 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 def _binds(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool:
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError:
+    except (TypeError, ValueError):  # ValueError: a compiled forward that tells no signature
         return False
     return True
 
@@ -162,7 +171,21 @@ def _scalar(loss: Any, source: str) -> Tensor:
             f"{source} returned a loss of shape {tuple(loss.shape)}, but the mean over the batch is needed: one number. "
             "Use reduction='mean', or call .mean()."
         )
+    if not loss.is_floating_point():
+        raise LossRuleError(f"{source} returned {_describe(loss)}, but a loss is a real number that has a gradient.")
     return loss.reshape(())
+
+
+def _weight(weight: Any, source: str) -> Tensor | float:
+    if isinstance(weight, Tensor) and weight.numel() == 1 and not weight.is_complex():
+        return weight.detach().reshape(())
+    if isinstance(weight, numbers.Real) and 0 <= float(weight) < math.inf:
+        return float(weight)
+    raise LossRuleError(
+        f"{source} returned a pair, which reads as (mean loss, weight), but its second entry is "
+        f"{weight if isinstance(weight, numbers.Real) else _describe(weight)}. Return the mean loss alone, or as its weight "
+        "the number of samples (or tokens) that the mean is over."
+    )
 
 
 def _from_loss_fn(loss_fn: LossFn) -> Callable[[nn.Module, Any], WeightedLoss]:
@@ -171,7 +194,7 @@ def _from_loss_fn(loss_fn: LossFn) -> Callable[[nn.Module, Any], WeightedLoss]:
     def weighted(model: nn.Module, batch: Any) -> WeightedLoss:
         answer = loss_fn(model, batch)
         if isinstance(answer, tuple) and len(answer) == 2:
-            return _scalar(answer[0], source), answer[1]
+            return _scalar(answer[0], source), _weight(answer[1], source)
         return _scalar(answer, source), float(count_samples(batch) or 1)
 
     return weighted
@@ -198,9 +221,16 @@ def _from_criterion(criterion: Callable[..., Any]) -> Callable[[nn.Module, Any],
 
         def weighted(model: nn.Module, batch: Any) -> WeightedLoss:
             output = call_model(model, batch[0])
-            loss = _scalar(criterion(getattr(output, "logits", output), batch[1]), source)
+            output = getattr(output, "logits", output)
+            loss = _scalar(criterion(output, batch[1]), source)
             count = float(count_samples(batch[1]) or count_samples(batch[0]) or 1)
-            return (loss / count if is_sum else loss), count
+            if is_sum:
+                return loss / count, count
+            if type(criterion) in _ELEMENTWISE and isinstance(output, Tensor):
+                return loss, float(output.numel())
+            if type(criterion) is nn.NLLLoss:
+                return loss, _target_weight(batch[1], criterion.weight, criterion.ignore_index)
+            return loss, count
 
     return weighted
 
@@ -231,19 +261,26 @@ def _cross_entropy(
         label_smoothing=label_smoothing,
         reduction="sum",
     )
+    denominator = _target_weight(targets, class_weight, ignore_index)
+    return total / denominator.clamp_min(torch.finfo(torch.float64).tiny), denominator
+
+
+def _target_weight(targets: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What a mean cross-entropy is divided by: the sum of the weights of the targets that are not ignored."""
     valid = targets != ignore_index
     if class_weight is None:
-        denominator = valid.sum().to(torch.float64)
-    else:
-        denominator = class_weight[torch.where(valid, targets, 0)].mul(valid).sum()
-    return total / denominator.clamp_min(torch.finfo(torch.float64).tiny), denominator
+        return valid.sum().to(torch.float64)
+    return class_weight.to(targets.device, torch.float64)[torch.where(valid, targets, 0)].mul(valid).sum()
+
+
+def _entry(output: Any, name: str) -> Any:
+    found = getattr(output, name, None)
+    return output.get(name) if found is None and isinstance(output, Mapping) else found
 
 
 def logits_of(output: Any, source: str) -> Tensor:
     """The logits of a model's output: a tensor, ``output.logits``, ``output["logits"]`` or the first entry of a tuple."""
-    found = getattr(output, "logits", None)
-    if found is None and isinstance(output, Mapping):
-        found = output.get("logits")
+    found = _entry(output, "logits")
     if found is None and isinstance(output, (tuple, list)) and output:
         found = output[0]
     if found is None:
@@ -255,22 +292,44 @@ def logits_of(output: Any, source: str) -> Tensor:
 
 def _class_axis(logits: Tensor, targets: Tensor, source: str) -> int:
     """Where the classes are: axis 1, as in torch's losses, or the last one, as in Transformers."""
+    if targets.ndim == 0:
+        raise LossRuleError(
+            f"{source}: the targets are a single number, so the loader seems to give samples and not batches. Wrap the data "
+            "in torch.utils.data.DataLoader(data, batch_size=256)."
+        )
     if logits.ndim == targets.ndim + 1:
         on_axis_1 = logits.shape[:1] + logits.shape[2:] == targets.shape
         on_last = logits.shape[:-1] == targets.shape
         if on_axis_1 and on_last and logits.ndim > 2 and logits.shape[1] == logits.shape[-1]:
             raise LossRuleError(
-                f"{source}: output {tuple(logits.shape)} and targets {tuple(targets.shape)} leave it open which axis holds the "
-                f"classes. {_FIXES}"
+                f"{source}: output {tuple(logits.shape)} and targets {tuple(targets.shape)} leave it open which axis holds "
+                f"the classes. {_FIXES}"
             )
-        if on_axis_1:
-            return 1
-        if on_last:
-            return logits.ndim - 1
+        if on_axis_1 or on_last:
+            axis = 1 if on_axis_1 else logits.ndim - 1
+            _check_classes(logits.shape[axis], targets, source)
+            return axis
     raise LossRuleError(
         f"{source}: output of shape {tuple(logits.shape)} does not hold one score per class for integer targets of shape "
         f"{tuple(targets.shape)}. {_FIXES}"
     )
+
+
+def _check_classes(num_classes: int, targets: Tensor, source: str) -> None:
+    if num_classes == 1:
+        raise LossRuleError(
+            f"{source}: the output has one score per sample, of which a cross-entropy is always 0. For two classes, pass "
+            "criterion=torch.nn.BCEWithLogitsLoss() with float targets of the output's shape, or a loss_fn."
+        )
+    if not _are_classes(targets, num_classes):
+        raise LossRuleError(
+            f"{source}: targets from {targets.min().item()} to {targets.max().item()} do not fit an output of {num_classes} "
+            f"classes. To ignore one value, pass criterion=torch.nn.CrossEntropyLoss(ignore_index=...)."
+        )
+
+
+def _are_classes(targets: Tensor, num_classes: int) -> bool:
+    return bool(((targets >= 0) & (targets < num_classes) | (targets == _IGNORED)).all())
 
 
 def _integer_targets(model: nn.Module, batch: Any) -> LossRule:
@@ -287,35 +346,47 @@ def _integer_targets(model: nn.Module, batch: Any) -> LossRule:
 
 def _labelled_mapping(model: nn.Module, batch: Mapping[str, Any]) -> LossRule:
     key = next(key for key in LABEL_KEYS if key in batch)
-    takes_labels = _accepts(model, "labels")
-    no_cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    parameters = inspect.signature(model.forward).parameters
+    takes = key if key in parameters else "labels" if _accepts(model, "labels") else None
+    fixed = {name: value for name, value in (("use_cache", False), ("return_dict", True)) if name in parameters}
+
+    def arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
+        inputs = {name: value for name, value in batch.items() if name != key}
+        return {**fixed, **inputs, **({takes: batch[key]} if takes else {})}
 
     def run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-        inputs = {name: value for name, value in batch.items() if name != key}
-        labels = {"labels": batch[key]} if takes_labels else {}
-        return model(**{**no_cache, **inputs, **labels})
+        return model(**arguments(batch))
 
+    if not _binds(model, (), arguments(batch)):
+        raise LossRuleError(
+            f"the batch has {key!r}, so model(**batch) was tried, but {type(model).__name__}.forward"
+            f"{inspect.signature(model.forward)} does not take {_describe(batch)}. {_FIXES}"
+        )
     with torch.no_grad():
         output = run(model, batch)
-    labels, loss = batch[key], getattr(output, "loss", None)
-    logits = getattr(output, "logits", None)
+    labels, loss, logits = batch[key], _entry(output, "loss"), _entry(output, "logits")
     if logits is None and loss is None:
         logits = logits_of(output, f"batches with {key!r}")
 
-    # The model's own loss is a mean over something it does not tell (samples, tokens, shifted tokens), and its float32
-    # mean loses digits: where a plain cross-entropy of its logits reproduces it, that one is used, with its denominator.
-    if isinstance(logits, Tensor) and isinstance(labels, Tensor) and _is_integer(labels) and logits.ndim == labels.ndim + 1:
-        for shift in (0, 1) if labels.ndim > 1 else (0,):
-            if loss is not None and not _reproduces(_sequence_cross_entropy(logits, labels, shift)[0], loss):
-                continue
-            what = (
-                "model(**batch) and cross-entropy on its logits" if loss is None else "model(**batch).loss, a cross-entropy"
-            )
+    if isinstance(logits, Tensor) and isinstance(labels, Tensor) and _is_integer(labels):
+        if loss is None:
+            source = "model(**batch) and cross-entropy on its logits"
+            axis = _class_axis(logits, labels, source)
 
-            def cross_entropy(model: nn.Module, batch: Mapping[str, Any], shift: int = shift) -> WeightedLoss:
+            def on_logits(model: nn.Module, batch: Mapping[str, Any]) -> WeightedLoss:
+                return _cross_entropy(logits_of(run(model, batch), source).movedim(axis, 1), batch[key])
+
+            return LossRule(source, on_logits, axis)
+        # The model's own loss is a mean over something it does not tell (samples, tokens, shifted tokens), and its float32
+        # mean loses digits: where a plain cross-entropy of its logits reproduces it, that one is used, with its denominator.
+        shift = _reproducing_shift(logits, labels, loss)
+        if shift is not None:
+
+            def cross_entropy(model: nn.Module, batch: Mapping[str, Any]) -> WeightedLoss:
                 return _sequence_cross_entropy(logits_of(run(model, batch), "model(**batch)"), batch[key], shift)
 
-            return LossRule(what + (" of the next token" if shift else ""), cross_entropy, logits.ndim - 1)
+            what = "model(**batch).loss, a cross-entropy" + (" of the next token" if shift else "")
+            return LossRule(what, cross_entropy, logits.ndim - 1)
     if not isinstance(loss, Tensor):
         raise LossRuleError(
             f"the batch has {key!r}, but model(**batch) gives no loss, and its output does not fit labels of "
@@ -323,11 +394,7 @@ def _labelled_mapping(model: nn.Module, batch: Mapping[str, Any]) -> LossRule:
         )
 
     def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> WeightedLoss:
-        count = labels_count(batch[key])
-        return _scalar(run(model, batch).loss, "model(**batch).loss"), count
-
-    def labels_count(labels: Any) -> float:
-        return float(sum(tensor.shape[0] for tensor in tensors_of(labels)[:1] if tensor.ndim) or 1)
+        return _scalar(_entry(run(model, batch), "loss"), "model(**batch).loss"), float(count_samples(batch) or 1)
 
     return LossRule("model(**batch).loss, weighted by samples", own_loss)
 
@@ -338,7 +405,15 @@ def _sequence_cross_entropy(logits: Tensor, labels: Tensor, shift: int) -> Weigh
     return _cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
 
 
-def _reproduces(candidate: Tensor, loss: Tensor) -> bool:
-    return loss.numel() == 1 and bool(
-        torch.isclose(candidate, loss.detach().to(candidate).reshape(()), rtol=1e-3, atol=1e-6)
-    )
+def _reproducing_shift(logits: Tensor, labels: Tensor, loss: Any) -> int | None:
+    """By how many positions the labels are shifted where a cross-entropy of the logits gives ``loss``; None if none does."""
+    if not (isinstance(loss, Tensor) and loss.numel() == 1):
+        return None
+    if logits.shape[:-1] != labels.shape or not _are_classes(labels, logits.shape[-1]):
+        return None
+    shifts = (0, 1) if labels.ndim > 1 and labels.shape[1] > 1 else (0,)
+    found = torch.stack([_sequence_cross_entropy(logits, labels, shift)[0] for shift in shifts])
+    distance = (found - loss.detach().to(found).reshape(())).abs()
+    # an untrained language model has nearly the same loss with either shift, so the nearest is taken, not the first
+    nearest = int(distance.argmin())
+    return shifts[nearest] if bool(distance[nearest] <= 1e-5 * (1 + found[nearest].abs())) else None

@@ -73,8 +73,8 @@ def measure_sharpness(
         cache_bytes: keep the batches on the device if they take at most this; None for a quarter of the free memory, at
             most 4 GiB.
     Returns:
-        a report: ``report["epsilon_box"].value``, ``print(report)``, ``report.to_json()``. A metric that raises is in it with
-        status "failed" and a PluginWarning; the others are measured.
+        a report: ``report["epsilon_box"].value``, ``print(report)``, ``report.to_json()``. A metric that raises is in it
+        with status "failed" and a PluginWarning; the others are measured.
     Cost: about 35 gradients, 80 gradients and 20 Hessian-vector products for the three default metrics.
     Raises:
         LoaderError, LossRuleError, NonFiniteLossError, UnknownNameError, ValueError: bad input, before anything is measured.
@@ -130,7 +130,7 @@ def _measure_one(key: str, metric: Metric, objective: Objective, seed: int) -> M
         result = MetricResult.failed(f"{type(error).__name__}: {error}")
     if result.status.kind is Kind.FAILED:
         origin = registry.metric_provenance(metric)
-        where = f" (plugin {origin[0]!r} from {origin[1]} {origin[2]})" if origin else ""
+        where = f" (plugin {origin[0]!r} from {origin[1]} {origin[2]})" if origin and origin[1] else ""
         warnings.warn(f"metric {key!r}{where} failed: {result.status.message}", PluginWarning, stacklevel=3)
     return result.with_cost(objective.cost - before)
 

@@ -209,8 +209,9 @@ class Objective:
                 loss, weight = self._batch_loss(leaf, batch)
                 if not loss.requires_grad:
                     raise ValueError(
-                        f"the loss of batch {batch.position} does not depend on the selected parameters: the model or the loss "
-                        "detaches it (torch.no_grad, .detach(), .item()), or does not use them. Remove that, or select others."
+                        f"the loss of batch {batch.position} does not depend on the selected parameters: the model or the "
+                        "loss detaches it (torch.no_grad, .detach(), .item()), or does not use them. Remove that, or select "
+                        "others."
                     )
                 (part,) = torch.autograd.grad(self._share(loss, weight), leaf)
                 gradient = part if gradient is None else gradient.add_(part)

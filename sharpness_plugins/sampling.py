@@ -23,9 +23,9 @@ __all__ = [
     "normal",
     "philox",
     "preserved_rng",
-    "rademacher",
     "seed_global",
     "set_generator_states",
+    "uniform",
 ]
 
 _MASK = 0xFFFFFFFF
@@ -47,10 +47,9 @@ def normal(dim: int, generator: torch.Generator, like: Tensor) -> Tensor:
     return torch.randn(dim, generator=generator, dtype=like.dtype).to(like.device)
 
 
-def rademacher(dim: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    """Vector of independent signs ±1, shape ``(dim,)``, with the dtype and device of ``like``."""
-    bits = torch.randint(0, 2, (dim,), generator=generator, dtype=torch.int8).to(like.device)
-    return bits.to(like.dtype).mul_(2).sub_(1)
+def uniform(dim: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Vector uniform in [-1, 1), shape ``(dim,)``, with the dtype and device of ``like``."""
+    return torch.rand(dim, generator=generator, dtype=like.dtype).mul_(2).sub_(1).to(like.device)
 
 
 def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: int) -> tuple[Tensor | int, ...]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import oracles
 import pytest
 import torch
 
+import oracles
 from sharpness_plugins import krylov
 from sharpness_plugins.krylov import top_ritz_pairs
 
@@ -60,9 +60,7 @@ def test_an_eigenvalue_lies_within_each_residual(tolerance, seed):
     assert (distance <= found.residuals + 1e-12).all()
     # and the residual is what it says: ‖A x - θ x‖
     x = found.vectors
-    torch.testing.assert_close(
-        (x @ matrix - found.values[:, None] * x).norm(dim=1), found.residuals, rtol=1e-6, atol=1e-10
-    )
+    torch.testing.assert_close((x @ matrix - found.values[:, None] * x).norm(dim=1), found.residuals, rtol=1e-6, atol=1e-10)
     torch.testing.assert_close(x @ x.T, torch.eye(5, dtype=F64), rtol=0, atol=1e-10)
 
 
@@ -127,7 +125,9 @@ def test_float32_keeps_its_digits_on_long_vectors():
     """A rank-one operator along a constant vector, where plain float32 dot products lose digits."""
     n = 4_000_000
     u = torch.full((n,), 1.0)
-    found = top_ritz_pairs(lambda v: u * (u.double() @ v.double() / n).float(), u + 0.1 * start(n, dtype=torch.float32), 1, num_matvecs=5)
+    found = top_ritz_pairs(
+        lambda v: u * (u.double() @ v.double() / n).float(), u + 0.1 * start(n, dtype=torch.float32), 1, num_matvecs=5
+    )
     assert found.values[0] == pytest.approx(1.0, rel=2e-6)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import oracles
 from sharpness_plugins.maximizers import LBFGSB, Maximum, MultiStart, SignFrankWolfe, maximizer_named
 from sharpness_plugins.regions import Box
 from sharpness_plugins.report import Kind
@@ -80,13 +80,11 @@ def test_dense_psd_quadratics_against_all_vertices(seed):
     fn = quadratic(h, slope)
     vertices = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=10)), dtype=F64) * half_width
     truth = (vertices @ slope + 0.5 * ((vertices @ h) * vertices).sum(1)).max().item()
-    starts = [
-        (f"random {i}", half_width * torch.randint(0, 2, (10,), generator=generator).mul(2).sub(1)) for i in range(6)
-    ]
-    found = MultiStart(max_gradients=80, num_proposals=6).maximize(fn, Box(half_width), torch.zeros(10, dtype=F64), starts)
+    starts = [(f"random {i}", half_width * torch.rand(10, generator=generator, dtype=F64).mul(2).sub(1)) for i in range(30)]
+    found = MultiStart(max_gradients=100).maximize(fn, Box(half_width), torch.zeros(10, dtype=F64), starts)
     assert found.value <= truth * (1 + 1e-12)
     assert found.value >= 0.95 * truth
-    assert len(found.start_values) == 8
+    assert len(found.start_values) > 8
 
 
 def test_a_stationary_start_is_left():
@@ -177,7 +175,8 @@ def test_more_budget_never_finds_less(seed):
     fn = quadratic(root + root.T, torch.randn(8, generator=generator, dtype=F64))
     box = Box(torch.rand(8, generator=generator, dtype=F64))
     values = [
-        SignFrankWolfe(max_gradients=n, tolerance=0).maximize(fn, box, torch.zeros(8, dtype=F64)).value for n in (2, 4, 8, 16)
+        SignFrankWolfe(max_gradients=n, tolerance=0).maximize(fn, box, torch.zeros(8, dtype=F64)).value
+        for n in (2, 4, 8, 16)
     ]
     assert values == sorted(values)
 
@@ -195,7 +194,9 @@ def test_values_that_are_not_finite_are_no_ascent():
 def test_a_box_of_width_zero_stays_put():
     box = Box(torch.tensor([0.0, 1.0], dtype=F64))
     for solver in ALL_SOLVERS:
-        found = solver.maximize(quadratic(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)), box, torch.zeros(2, dtype=F64))
+        found = solver.maximize(
+            quadratic(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)), box, torch.zeros(2, dtype=F64)
+        )
         assert found.perturbation.tolist() == [0.0, 1.0]
 
 

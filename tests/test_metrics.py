@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import oracles
 import pytest
 import torch
 from torch import nn
 
+import oracles
 from sharpness_plugins import sampling
 from sharpness_plugins.maximizers import LBFGSB, MultiStart
 from sharpness_plugins.metrics import EpsilonBox, HessianTopK, RandomSubspace
@@ -210,13 +210,15 @@ def test_the_matched_scale_moves_the_weights_as_far_as_the_box():
     assert result.details["perturbation_norms"] == pytest.approx([box, box], rel=0.1)
 
 
-def test_one_draw_has_no_standard_error_and_too_many_columns_are_refused():
+def test_one_draw_has_no_standard_error_and_more_columns_than_parameters_are_lowered():
     objective, _, _ = linear_problem(20)
     result = RandomSubspace(dim=5, draws=1)(objective, rng())
     assert result.standard_error is None
     assert result.status.kind is Kind.LOWER_BOUND
-    with pytest.raises(ValueError, match="dim=100 does not fit into 20 parameters; use dim <= 20"):
-        RandomSubspace()(objective, rng())
+    lowered = RandomSubspace()(objective, rng())
+    assert lowered.details["dim"] == 20
+    assert "dim=100 was lowered to the number of parameters" in lowered.status.message
+    assert lowered.details["values"] == RandomSubspace(dim=20)(objective, rng()).details["values"]
 
 
 def test_draws_depend_on_the_seed_and_on_nothing_else():
@@ -239,7 +241,10 @@ def test_eigenvalues_of_a_network_against_the_dense_hessian(which, sizes):
     order = torch.argsort(exact.abs() if which == "LM" else exact, descending=True)
     objective = Objective(problem.model, problem.loader(*sizes))
     result = HessianTopK(k=5, tolerance=1e-6, which=which)(objective, rng())
-    found, residuals = torch.tensor(result.details["eigenvalues"], dtype=F64), torch.tensor(result.details["residuals"], dtype=F64)
+    found, residuals = (
+        torch.tensor(result.details["eigenvalues"], dtype=F64),
+        torch.tensor(result.details["residuals"], dtype=F64),
+    )
     torch.testing.assert_close(found, exact[order][:5], rtol=1e-9, atol=1e-12)
     assert ((found[:, None] - exact).abs().min(1).values <= residuals + 1e-13).all()
     assert result.value == found[0]

@@ -6,11 +6,11 @@ import copy
 import random
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from torch import nn
 
+import oracles
 from sharpness_plugins.errors import LoaderError, NonFiniteLossError, SecondDerivativeError
 from sharpness_plugins.objective import Objective
 
@@ -339,7 +339,7 @@ def test_a_perturbation_of_the_wrong_shape_is_refused():
 def test_no_second_derivative_is_a_clear_error_and_a_failing_model_keeps_its_own():
     bag = nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 2))
     objective = Objective(bag, [(torch.randint(0, 10, (6, 3)), torch.arange(6) % 2)])
-    with pytest.raises(SecondDerivativeError, match="forward over reverse: .*double backward: "):
+    with pytest.raises(SecondDerivativeError, match=r"forward over reverse: .*double backward: "):
         objective.hvp(torch.ones(objective.dim))
     failing = Failing(nn.Linear(3, 2), 10**9, RuntimeError("the model's own"))
     objective = Objective(failing, [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))])

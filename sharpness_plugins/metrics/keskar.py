@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ..maximizers import Maximizer, Maximum, maximizer_named
+import torch
+from torch import Tensor
 
-__all__ = ["check_epsilon", "check_loss", "sharpness", "solver"]
+from .. import sampling
+from ..maximizers import Maximizer, Maximum, ValueAndGrad, maximizer_named
+from ..regions import Box
+
+__all__ = ["check_epsilon", "check_loss", "described", "maximize", "sharpness", "solver"]
 
 
 def check_epsilon(epsilon: float) -> None:
@@ -29,6 +35,31 @@ def sharpness(value: float, loss: float) -> float:
 
 def solver(maximizer: Maximizer | str) -> Maximizer:
     return maximizer_named(maximizer) if isinstance(maximizer, str) else maximizer
+
+
+def maximize(
+    maximizer: Maximizer | str,
+    fn: ValueAndGrad,
+    box: Box,
+    rng: torch.Generator,
+    proposals: Iterable[tuple[str, Tensor]] = (),
+) -> Maximum:
+    """From zero; solvers of several starts also get ``proposals`` and, after those, random points of the box.
+
+    Points inside it: measured on dense quadratics with all vertices known, they find more in few dimensions (.98 and .85
+    of the maximum, mean and worst, at 16 gradients) than random vertices (.97 and .72), which are more often stationary.
+    """
+    chosen = solver(maximizer)
+    start = torch.zeros_like(box.half_width)
+    if not getattr(chosen, "num_proposals", 0):
+        return chosen.maximize(fn, box, start)
+
+    def offered() -> Iterator[tuple[str, Tensor]]:
+        yield from proposals
+        while True:
+            yield "random point", box.half_width * sampling.uniform(len(start), rng, start)
+
+    return chosen.maximize(fn, box, start, offered())
 
 
 def described(maximum: Maximum, loss: float) -> dict[str, Any]:

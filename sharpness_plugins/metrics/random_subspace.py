@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reductions, sampling
-from ..maximizers import Maximizer, Maximum, MultiStart, SignFrankWolfe
+from ..maximizers import Maximizer, MultiStart, SignFrankWolfe
 from ..objective import Objective
 from ..regions import Box, SignSubspace
 from ..report import Kind, MetricResult, Status
@@ -30,8 +30,8 @@ def _default_maximizer() -> MultiStart:
 class RandomSubspace:
     """``φ = 100 (max f(w+Ay) - f(w)) / (1 + f(w))`` over ``|y_i| <= ε(|(A⁺w)_i| + 1)``, for A with ``dim`` random columns.
 
-    In percent. The mean over independent draws of A, with its standard error; each draw is a lower bound of its own maximum. A has
-    random signs ±1 times a scale, the same on every device, and is never stored as floats (13 bytes per parameter for 100
+    In percent. The mean over independent draws of A, with its standard error; each draw is a lower bound of its own
+    maximum. A has random signs ±1 times a scale, the same on every device, and is never stored as floats (13 bytes per parameter for 100
     columns). The paper does not say how A was drawn or scaled, and the scale decides the size of the number:
 
     * "unscaled": entries ±1, as large as standard normal ones; a weight moves by about ε√dim.
@@ -40,7 +40,7 @@ class RandomSubspace:
 
     Args:
         epsilon: ε; the paper uses 1e-3 and 5e-4.
-        dim: number of columns, p in the paper.
+        dim: number of columns, p in the paper; lowered to the number of parameters where that is smaller, and said.
         draws: number of draws of A.
         column_scale: see above.
         maximizer: solver of each draw; 16 gradients by default.
@@ -71,20 +71,22 @@ class RandomSubspace:
 
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
         keskar.check_loss(objective.loss)
-        if self.dim > objective.dim:
-            raise ValueError(
-                f"a random subspace of dim={self.dim} does not fit into {objective.dim} parameters; "
-                f"use dim <= {objective.dim}"
-            )
+        dim = min(self.dim, objective.dim)
+        scale = self._scale(objective, dim)
         values: list[float] = []
         norms: list[float] = []
         at_bound: list[float] = []
         solved: list[dict[str, Any]] = []
         for draw in range(self.draws):
             key = sampling.key_for(rng.initial_seed(), "columns", draw)
-            subspace = SignSubspace(objective.space, self.dim, key, scale=self._scale(objective))
+            subspace = SignSubspace(objective.space, dim, key, scale=scale)
             box = Box(self.epsilon * (subspace.coordinates(objective.origin).abs() + 1))
-            maximum = self._maximize(objective, subspace, box, rng)
+
+            def fn(y: Tensor, subspace: SignSubspace = subspace) -> tuple[float, Tensor]:
+                value, gradient = objective.value_and_grad(subspace.lift(y))
+                return value, subspace.restrict(gradient)
+
+            maximum = keskar.maximize(self.maximizer, fn, box, rng)
             values.append(keskar.sharpness(maximum.value, objective.loss))
             norms.append(subspace.norm_of(maximum.perturbation))
             at_bound.append(box.share_at_bound(maximum.perturbation))
@@ -92,20 +94,22 @@ class RandomSubspace:
         error = statistics.stdev(values) / math.sqrt(self.draws) if self.draws > 1 else None
         spread = "" if self.draws == 1 else f" from {min(values):.4g} to {max(values):.4g}"
         message = (
-            f"mean over {self.draws} draw{'s' if self.draws > 1 else ''}{spread} of {self.dim} random columns "
+            f"mean over {self.draws} draw{'s' if self.draws > 1 else ''}{spread} of {dim} random columns "
             f"({self.column_scale}), each a lower bound; {100 * statistics.mean(at_bound):.0f} % of the coordinates at the "
             f"bound, the weights moved by {statistics.mean(norms):.3g}"
         )
+        if dim < self.dim:
+            message += f"; dim={self.dim} was lowered to the number of parameters"
         return MetricResult(
             value=statistics.mean(values),
             standard_error=error,
             status=Status(Kind.ESTIMATE if self.draws > 1 else Kind.LOWER_BOUND, message),
             details={
                 "epsilon": self.epsilon,
-                "dim": self.dim,
+                "dim": dim,
                 "draws": self.draws,
                 "column_scale": self.column_scale,
-                "entry_scale": self._scale(objective),
+                "entry_scale": scale,
                 "maximizer": repr(self.maximizer),
                 "loss": objective.loss,
                 "values": values,
@@ -115,22 +119,10 @@ class RandomSubspace:
             },
         )
 
-    def _scale(self, objective: Objective) -> float:
+    def _scale(self, objective: Objective, dim: int) -> float:
         if self.column_scale == "unscaled":
             return 1.0
         if self.column_scale == "unit":
             return 1 / math.sqrt(objective.dim)
         box_norm = reductions.norm(objective.origin.abs() + 1).item()  # ‖Ay‖ of a vertex is about scale · √(dim · n)
-        return box_norm / math.sqrt(self.dim * objective.dim)
-
-    def _maximize(self, objective: Objective, subspace: SignSubspace, box: Box, rng: torch.Generator) -> Maximum:
-        def fn(y: Tensor) -> tuple[float, Tensor]:
-            value, gradient = objective.value_and_grad(subspace.lift(y))
-            return value, subspace.restrict(gradient)
-
-        maximizer = keskar.solver(self.maximizer)
-        start = torch.zeros_like(box.half_width)
-        vertex = box.half_width * sampling.rademacher(self.dim, rng, start)
-        if getattr(maximizer, "num_proposals", 0):
-            return maximizer.maximize(fn, box, start, [("random vertex", vertex)])
-        return maximizer.maximize(fn, box, start)
+        return box_norm / math.sqrt(dim * objective.dim)
