@@ -432,7 +432,7 @@ class Objective:
         with contextlib.ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if _has_rnn(self.module):  # oneDNN's RNNs have no forward mode
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                stack.enter_context(_onednn_off())
             yield
 
     # ------------------------------------------------------------------ progress
@@ -498,6 +498,17 @@ def _fast_path_off() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _onednn_off() -> Iterator[None]:
+    backend: Any = torch.backends.mkldnn  # its flags() would set TensorFloat-32 too, and warn about it
+    before = backend.enabled
+    backend.enabled = False
+    try:
+        yield
+    finally:
+        backend.enabled = before
 
 
 @contextlib.contextmanager

@@ -106,7 +106,7 @@ class SignSubspace:
     def _unpacked(self, first: int) -> Tensor:
         """The signs of one chunk of elements as float32, one row per column of A."""
         codes = self._bytes[:, first : first + self._CHUNK]
-        bits = torch.arange(8, device=self._device, dtype=torch.uint8)
+        bits = torch.arange(8, device=self._bytes.device, dtype=torch.uint8)
         return ((codes[:, None, :] >> bits[:, None] & 1).float() * 2 - 1).reshape(8 * len(codes), -1)
 
     def lift(self, coefficients: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def test_models_without_anything_to_perturb_are_refused():
     with pytest.raises(ValueError, match="all 2 parameters of the model are frozen"):
         ParameterSpace(nn.Linear(2, 2).requires_grad_(False))
     with pytest.raises(ValueError, match="hold no numbers"):
-        ParameterSpace(nn.Linear(0, 3, bias=False))
+        ParameterSpace(nn.ParameterList([torch.empty(0)]))
 
 
 def test_parameters_without_values_are_refused():

@@ -55,9 +55,8 @@ class EpsilonBox:
             raise ValueError(f"max_targets must be at least 0, got {self.max_targets}")
 
     def expected_passes(self, objective: Objective) -> float:
-        maximizer = keskar.solver(self.maximizer)
-        targets = self.max_targets if objective.has_classes and getattr(maximizer, "num_proposals", 0) else 0
-        return float(getattr(maximizer, "max_gradients", 12) + 2 * targets)
+        several = keskar.uses_proposals(self.maximizer)
+        return keskar.budget_of(self.maximizer) + (2 * self.max_targets if objective.has_classes and several else 0)
 
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
         keskar.check_loss(objective.loss)

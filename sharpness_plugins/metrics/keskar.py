@@ -12,7 +12,7 @@ from .. import sampling
 from ..maximizers import Maximizer, Maximum, ValueAndGrad, maximizer_named
 from ..regions import Box
 
-__all__ = ["check_epsilon", "check_loss", "described", "maximize", "sharpness", "solver"]
+__all__ = ["budget_of", "check_epsilon", "check_loss", "described", "maximize", "sharpness", "solver", "uses_proposals"]
 
 
 def check_epsilon(epsilon: float) -> None:
@@ -37,6 +37,16 @@ def solver(maximizer: Maximizer | str) -> Maximizer:
     return maximizer_named(maximizer) if isinstance(maximizer, str) else maximizer
 
 
+def uses_proposals(maximizer: Maximizer | str) -> bool:
+    return getattr(solver(maximizer), "num_proposals", 0) > 0
+
+
+def budget_of(maximizer: Maximizer | str) -> float:
+    """Gradients that the solver may use; 12 where it does not say."""
+    budget: float = getattr(solver(maximizer), "max_gradients", 12)
+    return budget
+
+
 def maximize(
     maximizer: Maximizer | str,
     fn: ValueAndGrad,
@@ -51,7 +61,7 @@ def maximize(
     """
     chosen = solver(maximizer)
     start = torch.zeros_like(box.half_width)
-    if not getattr(chosen, "num_proposals", 0):
+    if not uses_proposals(chosen):
         return chosen.maximize(fn, box, start)
 
     def offered() -> Iterator[tuple[str, Tensor]]:

@@ -67,7 +67,7 @@ class RandomSubspace:
             raise ValueError(f"column_scale must be one of {COLUMN_SCALES}, got {self.column_scale!r}")
 
     def expected_passes(self, objective: Objective) -> float:
-        return float(getattr(keskar.solver(self.maximizer), "max_gradients", 12) * self.draws)
+        return keskar.budget_of(self.maximizer) * self.draws
 
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
         keskar.check_loss(objective.loss)
