@@ -368,6 +368,10 @@ def test_a_loader_that_reuses_its_memory_is_cached_in_copies():
 # ---------------------------------------------------------------- workers
 
 
+FORK = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # Python 3.12 on threads beside workers
+
+
+@FORK
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_training_loop_in_the_middle_of_an_epoch_sees_every_sample_once(persistent):
     training = DataLoader(
@@ -397,6 +401,7 @@ class Shifting(DataLoader):
         return ((x + 100,) for x, _ in super().__iter__())
 
 
+@FORK
 @pytest.mark.parametrize("kind", ["wrapper", "subclass"])
 def test_wrappers_and_subclasses_keep_what_they_do_with_workers_of_their_own(kind):
     settings = {"batch_size": 2, "num_workers": 1, "persistent_workers": True}
@@ -451,7 +456,7 @@ def test_max_samples_cuts_inside_a_batch(max_samples, cache_bytes):
 
 
 def test_cutting_leaves_alone_what_has_no_samples_and_cuts_lists_beside_them():
-    batch = {"text": ["a", "b", "c"], "ids": (1, 2, 3), "x": torch.arange(3), "prior": torch.zeros(5), "name": "abc", "k": 1}
+    batch = {"text": ["a", "b", "c"], "ids": (1, 2, 3), "prior": torch.zeros(5), "x": torch.arange(3), "name": "abc", "k": 1}
     (cut,) = read(loaded([batch], max_samples=2))
     assert cut.data["text"] == ["a", "b"]
     assert cut.data["ids"] == (1, 2)
