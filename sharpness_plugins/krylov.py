@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -85,7 +86,7 @@ def top_ritz_pairs(
     if not tolerance > 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}")
     length = reductions.norm(start).item()
-    if not (length > 0 and length < float("inf")):
+    if not 0 < length < math.inf:
         raise ValueError(f"the start vector must be finite and not zero, its norm is {length}")
 
     _check_memory(steps, start)
@@ -97,7 +98,7 @@ def top_ritz_pairs(
     for j in range(steps):
         w = matvec(basis[j].clone())
         alpha = reductions.dot(basis[j], w).item()
-        if alpha - alpha != 0:
+        if not math.isfinite(alpha):
             raise ArithmeticError(f"product {j + 1} with the operator is not finite; look for infinite second derivatives")
         projected[j, j] = alpha
         w = _orthogonalized(w, basis[: j + 1])

@@ -216,6 +216,14 @@ def _from_criterion(criterion: Callable[..., Any]) -> Callable[[nn.Module, Any],
         def weighted(model: nn.Module, batch: Any) -> WeightedLoss:
             return _cross_entropy(logits_of(call_model(model, batch[0]), source), batch[1])
 
+    elif type(criterion) is nn.NLLLoss and criterion.reduction in ("mean", "sum"):
+        nll = criterion
+
+        def weighted(model: nn.Module, batch: Any) -> WeightedLoss:
+            output, targets = logits_of(call_model(model, batch[0]), source), batch[1]
+            total = F.nll_loss(output, targets, weight=nll.weight, ignore_index=nll.ignore_index, reduction="sum")
+            return _mean_of(total, _target_weight(targets, nll.weight, nll.ignore_index))
+
     else:
         is_sum = getattr(criterion, "reduction", "mean") == "sum"
 
@@ -228,8 +236,6 @@ def _from_criterion(criterion: Callable[..., Any]) -> Callable[[nn.Module, Any],
                 return loss / count, count
             if type(criterion) in _ELEMENTWISE and isinstance(output, Tensor):
                 return loss, float(output.numel())
-            if type(criterion) is nn.NLLLoss:
-                return loss, _target_weight(batch[1], criterion.weight, criterion.ignore_index)
             return loss, count
 
     return weighted
@@ -261,8 +267,11 @@ def _cross_entropy(
         label_smoothing=label_smoothing,
         reduction="sum",
     )
-    denominator = _target_weight(targets, class_weight, ignore_index)
-    return total / denominator.clamp_min(torch.finfo(torch.float64).tiny), denominator
+    return _mean_of(total, _target_weight(targets, class_weight, ignore_index))
+
+
+def _mean_of(total: Tensor, denominator: Tensor) -> WeightedLoss:
+    return total / denominator.clamp_min(torch.finfo(torch.float64).tiny), denominator  # 0 where all targets are ignored
 
 
 def _target_weight(targets: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -349,6 +358,8 @@ def _labelled_mapping(model: nn.Module, batch: Mapping[str, Any]) -> LossRule:
     parameters = inspect.signature(model.forward).parameters
     takes = key if key in parameters else "labels" if _accepts(model, "labels") else None
     fixed = {name: value for name, value in (("use_cache", False), ("return_dict", True)) if name in parameters}
+    if getattr(getattr(model, "config", None), "return_dict", True) is False and _accepts(model, "return_dict"):
+        fixed["return_dict"] = True  # Transformers' answers with names
 
     def arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs = {name: value for name, value in batch.items() if name != key}

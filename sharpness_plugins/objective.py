@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -82,6 +83,11 @@ class Objective:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                "model is scripted, and TorchScript does not let its weights be replaced by perturbed ones. "
+                "Pass the nn.Module it was made from."
+            )
         if batch_norm not in BATCH_NORM_POLICIES:
             raise ValueError(f"batch_norm must be one of {BATCH_NORM_POLICIES}, got {batch_norm!r}")
         self._began = time.perf_counter()
@@ -92,6 +98,10 @@ class Objective:
         with torch.inference_mode(False):
             self.space = ParameterSpace(self.module, select, device=None if device is None else torch.device(device))
         self.device = self.space.device
+        if self.device.type == "mps":
+            raise ValueError(
+                "device mps has no float64, in which losses accumulate. Pass device='cpu'; the model stays put."
+            )
         self.origin = self.space.origin
         self._listener = listener
         self._metric = ""
@@ -111,7 +121,9 @@ class Objective:
             self._source.load()
             self._copy_inputs, self._inputs_written = True, False
             self._rule = self._resolve_loss(loss_fn, criterion, plugin_rule)
-            self._weight = torch.tensor(0.0, dtype=torch.float64)  # of the whole loader; the first pass tells it
+            # of the whole loader, and the batches that have none: the first pass tells them
+            self._weight = torch.tensor(0.0, dtype=torch.float64)
+            self._weightless: set[int] = set()
             self.loss = self.value()
             self._copy_inputs = self._inputs_written  # a model that writes to its inputs gets copies from now on, too
 
@@ -186,14 +198,14 @@ class Objective:
         weights: list[Tensor] = []
         with self.session(), torch.no_grad():
             point = self._point(perturbation)
-            for batch in self._source:
+            for batch in self._batches():
                 loss, weight = self._batch_loss(point, batch)
                 losses.append(loss)
                 weights.append(weight)
-                self._tick()
         self._counts["values"] += 1
         if self._weight == 0:
             self._weight = torch.stack(weights).sum()
+            self._weightless = {i for i, weight in enumerate(weights) if weight == 0}
             if not self._weight > 0:
                 raise ValueError("the loss has weight 0 over the whole loader: every target is ignored")
         return self._mean(losses, weights, at_origin=perturbation is None)
@@ -205,7 +217,7 @@ class Objective:
         gradient: Tensor | None = None
         with self.session():
             leaf = self._point(perturbation).requires_grad_()
-            for batch in self._source:
+            for batch in self._batches():
                 loss, weight = self._batch_loss(leaf, batch)
                 if not loss.requires_grad:
                     raise ValueError(
@@ -217,7 +229,6 @@ class Objective:
                 gradient = part if gradient is None else gradient.add_(part)
                 losses.append(loss.detach())
                 weights.append(weight)
-                self._tick()
         assert gradient is not None  # the source is never empty
         self._counts["gradients"] += 1
         return self._mean(losses, weights, at_origin=perturbation is None), gradient
@@ -237,9 +248,8 @@ class Objective:
             rows = torch.stack([self.space.check(row, "vector") for row in rows])
             point = self._point(perturbation)
             products = torch.zeros_like(rows)
-            for batch in self._source:
+            for batch in self._batches():
                 products += self._batch_hvp(point, rows, batch)
-                self._tick()
         self._counts["hvps"] += len(rows)
         return products if vector.ndim == 2 else products[0]
 
@@ -255,7 +265,7 @@ class Objective:
         taken = 0
         with self.session():
             leaf = self.origin.clone().requires_grad_()
-            for batch in self._source:
+            for batch in self._batches(counted=False):
                 scores = self._scores(leaf, batch)
                 if scores is None:
                     return
@@ -293,6 +303,14 @@ class Objective:
         loss = loss.to(torch.float64)
         return loss, torch.as_tensor(weight, dtype=torch.float64, device=loss.device).detach()
 
+    def _batches(self, *, counted: bool = True) -> Iterator[Batch]:
+        """One pass over the batches that have weight; those of which every target is ignored have no loss either."""
+        for position, batch in enumerate(self._source):
+            if position not in self._weightless:
+                yield batch
+            if counted:
+                self._tick()
+
     def _call(self, function: Callable[[nn.Module, Any], Any], flat: Tensor, batch: Batch) -> Any:
         """``function(model, batch)`` with the weights ``flat``."""
         data = map_tensors(batch.data, torch.clone) if self._copy_inputs else batch.data
@@ -310,12 +328,13 @@ class Objective:
         stacked, w = torch.stack(losses), torch.stack(weights)
         # a batch without weight (every target ignored) has no mean
         mean = (torch.where(w > 0, stacked, 0.0) * w).sum().div(w.sum()).item()
-        if at_origin and mean - mean != 0:
-            bad = [i for i, finite in enumerate(torch.isfinite(stacked).tolist()) if not finite]
+        if at_origin and not math.isfinite(mean):
+            bad = [i for i, loss in enumerate(stacked.tolist()) if not math.isfinite(loss)]
             which = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
             raise NonFiniteLossError(
                 f"the loss at the trained weights is {stacked[bad[0]].item() if bad else mean} on batch {which} of "
-                f"{len(losses)} (counted from 0), so there is no minimum to measure. Look for NaN inputs or diverged weights."
+                f"{len(losses)} (counted from 0), so there is no minimum to measure. Look for NaN inputs or diverged "
+                "weights."
             )
         return mean
 

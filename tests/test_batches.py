@@ -142,7 +142,7 @@ def generator():
     [
         (
             generator(),
-            r"loader can be iterated only once \(got a generator\).*Pass a DataLoader, or list\(loader\) if it fits in memory\.",
+            r"iterated only once \(got a generator\).*Pass a DataLoader, or list\(loader\) if it fits in memory\.",
         ),
         (iter([torch.zeros(2)]), r"only once \(got a list_iterator\)"),
         (zip([1], [2], strict=True), r"only once \(got a zip\)"),
@@ -189,7 +189,7 @@ def test_shuffling_without_dropping_is_no_change(cache_bytes):
 
 @pytest.mark.parametrize("cache_bytes", [0, None])
 def test_shuffling_with_dropping_is_said_and_passes_repeat(cache_bytes):
-    with pytest.warns(MeasurementWarning, match="other data on another pass.*shuffling with drop_last"):
+    with pytest.warns(MeasurementWarning, match=r"other data on another pass.*shuffling with drop_last"):
         source = loaded(DataLoader(numbered(), batch_size=4, shuffle=True, drop_last=True), cache_bytes=cache_bytes)
     (note,) = source.notes
     assert ("the first pass was kept" if cache_bytes is None else "every pass repeats the same random seed") in note
@@ -207,7 +207,7 @@ class Images(Dataset):
             numpy=np.random.default_rng(0),
             torch=torch.Generator().manual_seed(0),
             python=random.Random(0),
-            legacy=np.random.RandomState(0),  # noqa: NPY002
+            legacy=np.random.RandomState(0),
         )
 
     def __len__(self):
@@ -217,7 +217,7 @@ class Images(Dataset):
         image = self.images[index]
         draw = {
             "torch": lambda: torch.rand(()).item(),
-            "numpy": np.random.rand,  # noqa: NPY002
+            "numpy": np.random.rand,
             "python": random.random,
             "own torch": lambda: torch.rand((), generator=self.transform.torch).item(),
             "own numpy": self.transform.numpy.random,
@@ -318,7 +318,7 @@ def test_a_stream_is_kept_on_its_only_pass_and_this_is_said():
 
 
 def test_a_stream_that_cannot_be_kept_is_refused():
-    with pytest.raises(LoaderError, match="3 batches on the first pass and none on the second.*raise cache_bytes"):
+    with pytest.raises(LoaderError, match=r"3 batches on the first pass and none on the second.*raise cache_bytes"):
         loaded(DataLoader(Stream(10), batch_size=4), cache_bytes=0)
 
 

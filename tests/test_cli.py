@@ -141,7 +141,7 @@ def test_installed_script_measures_what_the_library_measures(setup):
     assert done.stderr == ""  # no progress in a log
     report = SharpnessReport.from_json(done.stdout)
     library = expected(metrics=EpsilonBox(epsilon=5e-4), seed=3)
-    assert report.keys() == ["epsilon_box"]
+    assert list(report) == ["epsilon_box"]
     assert report["epsilon_box"].value == pytest.approx(library["epsilon_box"].value, rel=1e-6)
     assert report.provenance["seed"] == 3
 

@@ -210,7 +210,7 @@ def test_demo_measures_every_network_and_leaves_no_trace(demo):
     assert [(network.seed, network.batch_size) for network in result.networks] == [(0, 10), (0, 100)]
     assert all(network.training.reached_target for network in result.networks)
     for network in result.networks:
-        assert network.report.keys() == ["epsilon_box", "hessian_topk"]
+        assert list(network.report) == ["epsilon_box", "hessian_topk"]
         assert network.report.loss == pytest.approx(network.train.loss, abs=1e-6)  # measured on the training samples
         assert network.report["epsilon_box"].value > 0
     assert [event.network for event in events if event.finished] == [1, 2]

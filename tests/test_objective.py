@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -314,6 +315,7 @@ def test_a_loss_that_overflows_only_when_perturbed_is_a_value_and_no_error():
     ("arguments", "error", "match"),
     [
         ({"model": "net"}, TypeError, "must be a torch.nn.Module"),
+        ({"criterion": nn.MSELoss(), "loss_fn": nn.MSELoss()}, ValueError, "both loss_fn and criterion"),
         ({"loader": []}, LoaderError, "empty"),
         ({"loader": iter([1])}, LoaderError, "only once"),
         ({"batch_norm": "train"}, ValueError, "batch_norm must be one of"),
@@ -326,6 +328,14 @@ def test_bad_input_is_refused_before_anything_is_measured(arguments, error, matc
     given = {"model": problem.model, "loader": problem.loader(), **arguments}
     with pytest.raises(error, match=match):
         Objective(given.pop("model"), given.pop("loader"), **given)
+
+
+def test_scripted_models_are_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated
+        scripted = torch.jit.script(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"scripted.*Pass the nn.Module it was made from"):
+        Objective(scripted, [(torch.zeros(1, 2), torch.tensor([0]))])
 
 
 def test_a_perturbation_of_the_wrong_shape_is_refused():
@@ -399,6 +409,24 @@ def test_a_batch_without_weight_does_not_count():
     torch.testing.assert_close(with_it.value_and_grad()[1], without.value_and_grad()[1])
     with pytest.raises(ValueError, match="every target is ignored"):
         Objective(problem.model, [ignored])
+
+
+def test_a_batch_without_weight_may_have_no_loss_at_all():
+    """A mean over nothing is NaN; it must not reach the sum, the gradient or the products."""
+    problem = oracles.small_classifier()
+
+    def loss_fn(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        x, y = batch
+        return nn.functional.cross_entropy(model(x), y), int((y >= 0).sum())
+
+    ignored = (problem.inputs[:4], torch.full((4,), -100))
+    found = Objective(problem.model, [ignored, *problem.loader()], loss_fn=loss_fn)
+    expected = Objective(problem.model, problem.loader())
+    v = direction(found.dim, 0, found.origin)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-12)
+    torch.testing.assert_close(found.value_and_grad()[1], expected.value_and_grad()[1])
+    torch.testing.assert_close(found.hvp(v), expected.hvp(v))
+    assert found.cost.passes == pytest.approx(3)
 
 
 def test_one_flat_leaf_is_split_and_not_sliced():

@@ -192,7 +192,7 @@ def test_foreign_json_is_refused(text):
 
 def test_reports_of_a_newer_version_are_refused_with_what_to_do():
     data = {**report_of().to_dict(), "schema_version": 2}
-    with pytest.raises(ValueError, match="schema version 2.*reads up to 1. Upgrade with: pip install"):
+    with pytest.raises(ValueError, match=r"schema version 2.*reads up to 1. Upgrade with: pip install"):
         SharpnessReport.from_dict(data)
 
 
@@ -233,7 +233,7 @@ def test_data_frame_has_one_row_for_each_metric():
 
 def test_without_pandas_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match="SharpnessReport.to_frame needs pandas.*pip install pandas"):
+    with pytest.raises(ImportError, match=r"SharpnessReport.to_frame needs pandas.*pip install pandas"):
         report_of().to_frame()
 
 

@@ -112,20 +112,20 @@ def test_models_without_anything_to_perturb_are_refused():
 
 
 def test_parameters_without_values_are_refused():
-    with pytest.raises(ValueError, match="parameter '0.weight' is not initialized yet"):
+    with pytest.raises(ValueError, match=r"parameter '0.weight' is not initialized yet"):
         ParameterSpace(nn.Sequential(nn.LazyLinear(3)))
-    with pytest.raises(ValueError, match="buffer '1.running_mean' is not initialized yet"):
+    with pytest.raises(ValueError, match=r"buffer '1.running_mean' is not initialized yet"):
         ParameterSpace(nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d(affine=False)))
     with pytest.raises(ValueError, match="parameter 'weight' is on the meta device"):
         ParameterSpace(nn.Linear(2, 2, device="meta"))
     # the parameters that are not perturbed are needed, too
-    with pytest.raises(ValueError, match="parameter '1.weight' is not initialized"):
+    with pytest.raises(ValueError, match=r"parameter '1.weight' is not initialized"):
         ParameterSpace(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)), "0.*")
 
 
 def test_complex_parameters_are_refused_where_they_would_be_perturbed():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64))
-    with pytest.raises(ValueError, match="parameter '1.weight' is torch.complex64"):
+    with pytest.raises(ValueError, match=r"parameter '1.weight' is torch.complex64"):
         ParameterSpace(model)
     space = ParameterSpace(model, "0.*")
     assert space.state(space.origin)["1.weight"].dtype == torch.complex64

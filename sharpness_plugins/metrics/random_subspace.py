@@ -31,8 +31,8 @@ class RandomSubspace:
     """``φ = 100 (max f(w+Ay) - f(w)) / (1 + f(w))`` over ``|y_i| <= ε(|(A⁺w)_i| + 1)``, for A with ``dim`` random columns.
 
     In percent. The mean over independent draws of A, with its standard error; each draw is a lower bound of its own
-    maximum. A has random signs ±1 times a scale, the same on every device, and is never stored as floats (13 bytes per parameter for 100
-    columns). The paper does not say how A was drawn or scaled, and the scale decides the size of the number:
+    maximum. A has random signs ±1 times a scale, the same on every device, and is never stored as floats (13 bytes per
+    parameter for 100 columns). The paper does not say how A was drawn or scaled, and the scale decides the size of the number:
 
     * "unscaled": entries ±1, as large as standard normal ones; a weight moves by about ε√dim.
     * "unit": columns of length 1, for which A⁺ is nearly Aᵀ; a weight moves by about ε√(dim / n), and φ is tiny.
