@@ -66,6 +66,7 @@ class SignSubspace:
     """
 
     _CHUNK = 2**16
+    _UNPACKED = 2**14  # 8 MB of float32 for 128 columns: stays in cache
     _BLOCK_BITS = 128
 
     def __init__(self, space: ParameterSpace, num_columns: int, key: int, *, scale: float = 1.0) -> None:
@@ -104,8 +105,8 @@ class SignSubspace:
         return padded.view(-1, 8)
 
     def _unpacked(self, first: int) -> Tensor:
-        """The signs of one chunk of elements as float32, one row per column of A."""
-        codes = self._bytes[:, first : first + self._CHUNK]
+        """The signs of one small chunk of elements as float32, one row per column of A."""
+        codes = self._bytes[:, first : first + self._UNPACKED]
         bits = torch.arange(8, device=self._bytes.device, dtype=torch.uint8)
         return ((codes[:, None, :] >> bits[:, None] & 1).float() * 2 - 1).reshape(8 * len(codes), -1)
 
@@ -126,8 +127,8 @@ class SignSubspace:
         _check_shape(vector, self.dim)
         if self._device.type != "cpu":  # weighted bincount is not deterministic there
             restricted = sum(
-                self._unpacked(first).double() @ vector[first : first + self._CHUNK].double()
-                for first in range(0, self.dim, self._CHUNK)
+                self._unpacked(first).double() @ vector[first : first + self._UNPACKED].double()
+                for first in range(0, self.dim, self._UNPACKED)
             )
             return (self.scale * torch.as_tensor(restricted))[: self.num_columns].to(self._dtype)
         sums = torch.zeros((len(self._bytes), 256), dtype=torch.float64, device=self._device)
@@ -140,9 +141,9 @@ class SignSubspace:
     def gram(self) -> Tensor:
         """``AᵀA / scale²``, shape ``(num_columns, num_columns)``, float64: integers, exact."""
         gram = torch.zeros((8 * len(self._bytes),) * 2, dtype=torch.float64, device=self._device)
-        for first in range(0, self.dim, self._CHUNK):
+        for first in range(0, self.dim, self._UNPACKED):
             signs = self._unpacked(first)
-            gram += (signs @ signs.T).double()  # sums of 2^16 signs are exact in float32
+            gram += (signs @ signs.T).double()  # sums of 2^14 signs are exact in float32
         return gram[: self.num_columns, : self.num_columns]
 
     def coordinates(self, vector: Tensor) -> Tensor:

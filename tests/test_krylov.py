@@ -131,11 +131,39 @@ def test_float32_keeps_its_digits_on_long_vectors():
     assert found.values[0] == pytest.approx(1.0, rel=2e-6)
 
 
-def test_memory_is_checked_before_it_is_used(monkeypatch):
-    monkeypatch.setattr(krylov, "free_bytes", lambda device: 10 * 8 * 1000)
-    with pytest.raises(MemoryError, match=r"basis of 50 vectors.*Use at most num_matvecs=8, or fewer parameters"):
-        top_ritz_pairs(torch.clone, start(1000), 1, num_matvecs=50)
-    assert top_ritz_pairs(torch.clone, start(1000), 1, num_matvecs=8).values[0] == pytest.approx(1)
+@pytest.mark.parametrize("max_basis", [5, 6, 8, 14, 40, None])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_restarted_basis_finds_the_same(spectrum, max_basis):
+    eigenvalues = SPECTRA[spectrum]
+    matvec = counted(oracles.with_spectrum(eigenvalues))
+    found = top_ritz_pairs(matvec, start(300), 2, num_matvecs=600, tolerance=1e-6, max_basis=max_basis, return_vectors=True)
+    assert found.converged
+    torch.testing.assert_close(found.values, eigenvalues.sort(descending=True).values[:2], rtol=1e-9, atol=0)
+    x = found.vectors
+    true_residuals = torch.stack([matvec(row) - value * row for row, value in zip(x, found.values, strict=True)]).norm(dim=1)
+    torch.testing.assert_close(true_residuals, found.residuals, rtol=1e-3, atol=1e-9 * eigenvalues.abs().max().item())
+
+
+def test_restarts_cost_few_products():
+    eigenvalues = SPECTRA["decaying"]
+    products = [
+        top_ritz_pairs(
+            counted(oracles.with_spectrum(eigenvalues)), start(300), 5, num_matvecs=300, max_basis=size, guard=1
+        ).num_matvecs
+        for size in (300, 14)
+    ]
+    assert products[1] <= 1.5 * products[0]
+
+
+def test_memory_bounds_the_basis_and_is_checked_before_it_is_used(monkeypatch):
+    matrix = oracles.with_spectrum(SPECTRA["decaying"])
+    vector = 8 * 300
+    monkeypatch.setattr(krylov, "free_bytes", lambda device: 5 * vector)
+    found = top_ritz_pairs(counted(matrix), start(300), 2, num_matvecs=300, tolerance=1e-6)
+    torch.testing.assert_close(found.values, SPECTRA["decaying"][:2], rtol=1e-9, atol=0)
+    monkeypatch.setattr(krylov, "free_bytes", lambda device: 4 * vector)
+    with pytest.raises(MemoryError, match=r"basis of 5 vectors, the fewest for 3 Ritz pairs.*fewer eigenvalues"):
+        top_ritz_pairs(counted(matrix), start(300), 2, num_matvecs=300)
 
 
 @pytest.mark.parametrize(

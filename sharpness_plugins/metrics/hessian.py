@@ -32,9 +32,9 @@ class HessianTopK:
         k: number of eigenvalues.
         tolerance: relative residual.
         which: "LA" for the algebraically largest (sharpness), "LM" for the largest in magnitude.
-        num_matvecs: budget of products; None for ``10 k + 50``, at most the number of parameters.
-    Cost: typically 8 to 12 products for k = 1 and 13 to 25 for k = 5, each about three gradients; one vector of memory
-        for each product of the budget.
+        num_matvecs: budget of products; None for ``20 k + 100``.
+    Cost: typically 8 to 12 products for k = 1 and 13 to 25 for k = 5, each about three gradients; ``2 k + 10`` vectors of
+        memory, or down to ``k + 3`` where no more fit.
     """
 
     k: int = 5
@@ -60,7 +60,7 @@ class HessianTopK:
         return float(min(self._budget(), 3 * self.k + 7, objective.dim))
 
     def _budget(self) -> int:
-        return 10 * self.k + 50 if self.num_matvecs is None else self.num_matvecs
+        return 20 * self.k + 100 if self.num_matvecs is None else self.num_matvecs
 
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
         pairs = top_ritz_pairs(

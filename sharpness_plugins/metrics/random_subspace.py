@@ -32,7 +32,7 @@ class RandomSubspace:
 
     In percent. The mean over independent draws of A, with its standard error; each draw is a lower bound of its own
     maximum. A has random signs ±1 times a scale, the same on every device, and is never stored as floats (13 bytes per
-    parameter for 100 columns). The paper does not say how A was drawn or scaled, and the scale decides the size of the number:
+    parameter for 100 columns). The paper does not say how A was drawn or scaled, and the scale decides the number's size:
 
     * "unscaled": entries ±1, as large as standard normal ones; a weight moves by about ε√dim.
     * "unit": columns of length 1, for which A⁺ is nearly Aᵀ; a weight moves by about ε√(dim / n), and φ is tiny.
