@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import sampling
+from . import modes, sampling
 from .batches import Batch, BatchSource, map_tensors, tensors_of
 from .errors import NonFiniteLossError, SecondDerivativeError
 from .losses import LossFn, LossRule, PluginRule, logits_of, resolve_loss, unwrap
@@ -186,7 +184,7 @@ class Objective:
             notes.append(
                 "half-precision weights were measured on a float32 copy (a step of ε = 1e-3 is lost in their rounding)"
             )
-        if self._batch_norm == "batch" and any(isinstance(m, _BatchNorm) for m in self.module.modules()):
+        if self._batch_norm == "batch" and modes.has_batch_norm(self.module):
             notes.append("BatchNorm used the statistics of each evaluation batch, so the numbers depend on the batch size")
         return notes
 
@@ -244,7 +242,7 @@ class Objective:
             SecondDerivativeError: neither mode works on this model.
         """
         rows = vector if vector.ndim == 2 else vector[None]
-        with self.session(), self._second_derivatives():
+        with self.session(), modes.second_derivatives(self.module):
             rows = torch.stack([self.space.check(row, "vector") for row in rows])
             point = self._point(perturbation)
             products = torch.zeros_like(rows)
@@ -339,11 +337,11 @@ class Objective:
         return mean
 
     def _batch_hvp(self, point: Tensor, rows: Tensor, batch: Batch) -> Tensor:
-        modes = {"forward over reverse": self._forward_over_reverse, "double backward": self._double_backward}
+        products = {"forward over reverse": self._forward_over_reverse, "double backward": self._double_backward}
         if self._hvp_mode is not None:
-            return modes[self._hvp_mode](point, rows, batch)
+            return products[self._hvp_mode](point, rows, batch)
         causes = []
-        for name, product in modes.items():
+        for name, product in products.items():
             try:
                 with warnings.catch_warnings():
                     # torch's forward mode scripts some formulas when it is first used, and its own script warns
@@ -415,7 +413,7 @@ class Objective:
         rule: LossRule = self._call(resolve, self.origin, first)
         return rule
 
-    # ------------------------------------------------------------------ modes
+    # ------------------------------------------------------------------ around evaluations
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -428,33 +426,14 @@ class Objective:
             if self._depth > 1:
                 yield
                 return
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(sampling.preserved_rng(self.device, self._source.holders))
-                stack.enter_context(torch.inference_mode(False))
-                stack.enter_context(torch.enable_grad())
-                for device_type in {"cpu", self.device.type}:
-                    stack.enter_context(torch.autocast(device_type, enabled=False))
-                if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in self.module.modules()):
-                    # compiled graphs have no double backward; asked only where needed, since it imports the compiler
-                    stack.enter_context(torch.compiler.set_stance("force_eager"))
-                stack.enter_context(_full_float32(self.device))
-                stack.enter_context(_fast_path_off())
-                stack.enter_context(_module_modes(self.module, batch_statistics=self._batch_norm == "batch"))
-                if self.device.type == "cuda" and _has_rnn(self.module):  # cuDNN's RNNs have no backward in eval mode
-                    stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            batch_statistics = self._batch_norm == "batch"
+            with (
+                sampling.preserved_rng(self.device, self._source.holders),
+                modes.evaluation(self.module, self.device, batch_statistics=batch_statistics),
+            ):
                 yield
         finally:
             self._depth -= 1
-
-    @contextlib.contextmanager
-    def _second_derivatives(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if _has_rnn(self.module):  # oneDNN's RNNs have no forward mode
-                stack.enter_context(_onednn_off())
-            yield
-
-    # ------------------------------------------------------------------ progress
 
     def announce(self, metric: str, expected_passes: float | None) -> None:
         """From here on, progress events are about ``metric``."""
@@ -481,66 +460,3 @@ class _Bound(nn.Module):
 
     def forward(self, batch: Any) -> Any:
         return self.function(self.model, batch)
-
-
-def _has_rnn(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.RNNBase) for m in module.modules())
-
-
-@contextlib.contextmanager
-def _module_modes(module: nn.Module, *, batch_statistics: bool) -> Iterator[None]:
-    """Eval mode (BatchNorm in train mode for batch statistics), dense embedding gradients; put back per module.
-
-    The flag is set directly: some modules do work in ``train()`` and ``eval()``, such as merging adapters.
-    """
-    before = [(m, m.training) for m in module.modules()]
-    sparse = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
-    try:
-        for m, _ in before:
-            m.training = batch_statistics and isinstance(m, _BatchNorm)
-        for m in sparse:
-            m.sparse = False
-        yield
-    finally:
-        for m, training in before:
-            m.training = training
-        for m in sparse:
-            m.sparse = True
-
-
-@contextlib.contextmanager
-def _fast_path_off() -> Iterator[None]:
-    """Inference kernels of attention off: without gradients they would take another path than with them."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextlib.contextmanager
-def _onednn_off() -> Iterator[None]:
-    backend: Any = torch.backends.mkldnn  # its flags() would set TensorFloat-32 too, and warn about it
-    before = backend.enabled
-    backend.enabled = False
-    try:
-        yield
-    finally:
-        backend.enabled = before
-
-
-@contextlib.contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """TensorFloat-32 off on CUDA: it moves ε-box sharpness by up to 0.3 % at ε = 1e-3 and 12 % at 1e-5."""
-    if device.type != "cuda":
-        yield
-        return
-    matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = conv

@@ -23,6 +23,7 @@ LAYERS = {
     "reductions": 0,
     "batches": 1,
     "losses": 1,
+    "modes": 1,
     "regions": 1,
     "space": 1,
     "krylov": 2,
