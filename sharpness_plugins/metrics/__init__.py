@@ -23,12 +23,12 @@ def sharpness_metrics() -> Iterable[MetricSpec]:
     yield MetricSpec(
         "epsilon_box",
         f"{__name__}.epsilon_box:EpsilonBox",
-        "worst relative rise of the loss in a box of half width ε(|w|+1), in percent (Keskar et al. 2017)",
+        "worst rise of the loss in a box of half width ε(|w|+1), % (Keskar et al. 2017)",
     )
     yield MetricSpec(
         "random_subspace",
         f"{__name__}.random_subspace:RandomSubspace",
-        "the same in random subspaces of 100 dimensions, mean over draws",
+        "the same in random subspaces of 100 dimensions, mean over draws, %",
     )
     yield MetricSpec(
         "hessian_topk",

@@ -65,7 +65,11 @@ class EpsilonBox:
         e = maximum.perturbation
         value = keskar.sharpness(maximum.value, objective.loss)
         at_bound = box.share_at_bound(e)
-        message = f"{maximum.status.message}; {100 * at_bound:.0f} % of the coordinates at the bound"
+        moved = reductions.norm(e).item()
+        message = (
+            f"{maximum.status.message}; {100 * at_bound:.0f} % of the coordinates at the bound, "
+            f"the weights moved by {moved:.3g}"
+        )
         if len(maximum.start_values) > 1:
             reached = ", ".join(
                 f"{name} {keskar.sharpness(v, objective.loss):.4g}"
@@ -82,7 +86,7 @@ class EpsilonBox:
                 "max_loss": maximum.value,
                 **keskar.described(maximum, objective.loss),
                 "share_at_bound": at_bound,
-                "perturbation_norm": reductions.norm(e).item(),
+                "perturbation_norm": moved,
                 "box_norm": reductions.norm(box.half_width).item(),
                 "largest_half_width": box.half_width.max().item(),
             },
