@@ -117,6 +117,18 @@ def test_epsilon_box_in_float32_is_that_in_float64():
     assert values[1] == pytest.approx(values[0], rel=1e-4)
 
 
+def test_a_box_below_the_resolution_of_float32_is_said():
+    single, double = oracles.small_classifier(torch.float32), oracles.small_classifier()
+    fine = EpsilonBox(1e-3)(Objective(single.model, single.loader()), rng())
+    coarse = EpsilonBox(1e-7)(Objective(single.model, single.loader()), rng())
+    exact = EpsilonBox(1e-7)(Objective(double.model, double.loader()), rng())
+    assert "rounds" not in fine.status.message
+    assert fine.details["step_lost_in_rounding"] < 1e-3
+    assert "torch.float32 rounds" in coarse.status.message
+    assert "model.double()" in coarse.status.message
+    assert "rounds" not in exact.status.message
+
+
 def test_the_papers_call_stops_at_once_on_a_minimum_and_says_so():
     result = EpsilonBox(maximizer="lbfgsb_published")(at_minimum(), rng())
     assert result.value == 0

@@ -20,6 +20,9 @@ from . import keskar
 __all__ = ["EpsilonBox"]
 
 
+_TOO_MUCH_LOST = 0.01
+
+
 @dataclass(frozen=True)
 class EpsilonBox:
     """``φ = 100 (max f(w+e) - f(w)) / (1 + f(w))`` over ``|e_i| <= ε(|w_i| + 1)``: the worst relative rise, in percent.
@@ -70,6 +73,12 @@ class EpsilonBox:
             f"{maximum.status.message}; {100 * at_bound:.0f} % of the coordinates at the bound, "
             f"the weights moved by {moved:.3g}"
         )
+        lost = _lost_in_rounding(objective.origin, e)
+        if lost > _TOO_MUCH_LOST:
+            message += (
+                f"; {objective.origin.dtype} rounds {100 * lost:.2g} % of that step away, so the value is as uncertain: "
+                "measure model.double(), or a larger epsilon"
+            )
         if len(maximum.start_values) > 1:
             reached = ", ".join(
                 f"{name} {keskar.sharpness(v, objective.loss):.4g}"
@@ -87,6 +96,7 @@ class EpsilonBox:
                 **keskar.described(maximum, objective.loss),
                 "share_at_bound": at_bound,
                 "perturbation_norm": moved,
+                "step_lost_in_rounding": lost,
                 "box_norm": reductions.norm(box.half_width).item(),
                 "largest_half_width": box.half_width.max().item(),
             },
@@ -109,3 +119,9 @@ class EpsilonBox:
                     kept = sorted(kept, key=lambda entry: -entry[0])[:2]
         for _, what, vertex in kept:
             yield what, vertex
+
+
+def _lost_in_rounding(origin: Tensor, perturbation: Tensor) -> float:
+    """``‖((w + e) - w) - e‖ / ‖e‖``: what the dtype of the weights cannot hold of the step."""
+    length = reductions.norm(perturbation).item()
+    return reductions.norm((origin + perturbation) - origin - perturbation).item() / length if length else 0.0
