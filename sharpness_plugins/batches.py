@@ -19,7 +19,7 @@ from . import sampling
 from .errors import LoaderError, MeasurementWarning
 from .memory import free_bytes
 
-__all__ = ["LABEL_KEYS", "Batch", "BatchSource", "count_samples", "map_tensors", "tensors_of"]
+__all__ = ["LABEL_KEYS", "Batch", "BatchSource", "count_samples", "head", "map_tensors", "tensors_of"]
 
 LABEL_KEYS = ("labels", "label", "label_ids")
 
@@ -115,16 +115,16 @@ def _moves_itself(leaf: Any) -> bool:
     return callable(getattr(leaf, "to", None)) and hasattr(leaf, "__dict__") and not isinstance(leaf, type)
 
 
-def _head(batch: Any, count: int, of: int) -> Any:
+def head(batch: Any, count: int, of: int) -> Any:
     """The first ``count`` of the ``of`` samples: in every tensor, and in lists of strings and the like beside them."""
     if isinstance(batch, (list, tuple)) and len(batch) == of and not _all_tensors(batch):
         return batch[:count]
     if isinstance(batch, Tensor):
         return batch[:count] if batch.ndim and batch.shape[0] == of else batch
     if type(batch) in (list, tuple):
-        return type(batch)(_head(entry, count, of) for entry in batch)
+        return type(batch)(head(entry, count, of) for entry in batch)
     if type(batch) is dict:
-        return {key: _head(entry, count, of) for key, entry in batch.items()}
+        return {key: head(entry, count, of) for key, entry in batch.items()}
     return map_tensors(batch, lambda tensor: tensor[:count] if tensor.ndim and tensor.shape[0] == of else tensor)
 
 
@@ -184,7 +184,7 @@ class BatchSource:
     a shuffling or augmenting loader repeats itself and the loss is one fixed function. A loader that depends on that
     (its samples differ under another seed), or that changes all the same, is said: in ``notes`` and as a warning.
 
-    The caller preserves the random states around passes (``sampling.preserved_rng(device, source.holders)``).
+    The caller preserves the random states around passes (``sampling.rng_states(device, source.holders)``).
 
     Args:
         loader: anything that can be iterated again and again: a DataLoader, a list of batches.
@@ -302,7 +302,7 @@ class BatchSource:
             count = count_samples(data)
             if left is not None and count is not None:
                 if count > left:
-                    data, count = _head(data, left, of=count), left
+                    data, count = head(data, left, of=count), left
                 left -= count
             yield Batch(position, data, count)
             if left == 0:

@@ -18,6 +18,7 @@ MatVec = Callable[[Tensor], Tensor]
 
 WHICH = ("LA", "LM")
 _COLUMNS = 2**16
+_ASYMMETRY = 1e-2  # of the largest |value|; float32 products of deep networks are within 1e-5
 _GUARD_TOLERANCE = 1e-2  # enough to know that nothing larger is still hidden
 _ROUNDING = 100  # times the rounding unit times the largest |value|: residuals below that are rounding of the products
 
@@ -78,7 +79,7 @@ def top_ritz_pairs(
     Raises:
         ValueError: ``k`` is not between 1 and ``dim`` or exceeds ``num_matvecs``; ``start`` is zero or not finite.
         MemoryError: not even the smallest basis fits; says how many bytes it takes.
-        ArithmeticError: a product is not finite.
+        ArithmeticError: a product is not finite, or the operator is not symmetric.
     Source: Wu and Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems (2000); Paige (1976) on why
         to re-orthogonalize.
     """
@@ -107,6 +108,8 @@ def top_ritz_pairs(
         alpha = reductions.dot(basis[last], w).item()
         if not math.isfinite(alpha):
             raise ArithmeticError(f"product {used} with the operator is not finite; look for infinite second derivatives")
+        measured = (basis[:last] @ w).double().cpu()  # what symmetry says about w already
+        asymmetry = (measured - projected[last, :last]).abs().max().item() if last else 0.0
         projected[last, last] = alpha
         filled = last + 1
         w = _orthogonalized(w, basis[:filled])
@@ -115,6 +118,12 @@ def top_ritz_pairs(
         order = torch.argsort(theta.abs() if which == "LM" else theta, descending=True)
         theta, s = theta[order], s[:, order]
         scale = theta.abs().max().item()
+        if asymmetry > _ASYMMETRY * scale:
+            raise ArithmeticError(
+                f"the operator is not symmetric (uᵀAv and vᵀAu differ by {asymmetry:.2g}, its largest Ritz value is "
+                f"{scale:.2g}), so it has no such eigenvalues: an operation of the model has a wrong second derivative, or "
+                "its products are not repeatable"
+            )
         rounding = torch.finfo(start.dtype).eps * scale
         if filled == dim or beta <= 10 * rounding * filled**0.5:
             beta = 0.0  # the space is invariant

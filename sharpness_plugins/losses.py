@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .batches import LABEL_KEYS, count_samples
 from .errors import LossRuleError
 
-__all__ = ["LossFn", "LossRule", "WeightedLoss", "call_model", "logits_of", "resolve_loss", "unwrap"]
+__all__ = ["LossFn", "LossRule", "OtherLossError", "WeightedLoss", "call_model", "logits_of", "resolve_loss", "unwrap"]
 
 LossFn: TypeAlias = Callable[[nn.Module, Any], Any]
 """``(model, batch) ->`` scalar mean over the batch, or a pair ``(mean, weight)`` where samples are not what it is over."""
@@ -33,10 +33,15 @@ _FIXES = (
     "or criterion=torch.nn.CrossEntropyLoss() (or another) with a loader of pairs (inputs, targets)."
 )
 
+_OWN_LOSS = "model(**batch).loss, weighted by samples"
 _IGNORED = -100  # torch's default ignore_index
 _DATA_PARALLEL = ("DataParallel", "DistributedDataParallel", "_FabricModule")
 # their mean is over the elements of the output, of which a sample may have more or fewer (padded sequences)
 _ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
+
+
+class OtherLossError(LossRuleError):
+    """The cross-entropy of a model's logits is not the loss that the model computes."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,13 @@ class LossRule:
 
     Attributes:
         class_axis: the axis of the model's logits that holds classes; None where the loss is not a cross-entropy.
+        fallback: what to use where ``loss_fn`` raises ``OtherLossError``.
     """
 
     description: str
     loss_fn: Callable[[nn.Module, Any], WeightedLoss]
     class_axis: int | None = None
+    fallback: LossRule | None = None
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -230,6 +237,12 @@ def _from_criterion(criterion: Callable[..., Any]) -> Callable[[nn.Module, Any],
         def weighted(model: nn.Module, batch: Any) -> WeightedLoss:
             output = call_model(model, batch[0])
             output = getattr(output, "logits", output)
+            if type(criterion) in _ELEMENTWISE and getattr(output, "shape", None) != getattr(batch[1], "shape", None):
+                raise LossRuleError(
+                    f"{source} compares an output of {_describe(output)} with targets of {_describe(batch[1])}, which would "
+                    "be broadcast against each other. Give them one shape: y[:, None], say, or model(x).squeeze(1) in a "
+                    "loss_fn."
+                )
             loss = _scalar(criterion(output, batch[1]), source)
             count = float(count_samples(batch[1]) or count_samples(batch[0]) or 1)
             if is_sum:
@@ -379,6 +392,9 @@ def _labelled_mapping(model: nn.Module, batch: Mapping[str, Any]) -> LossRule:
     if logits is None and loss is None:
         logits = logits_of(output, f"batches with {key!r}")
 
+    def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> WeightedLoss:
+        return _scalar(_entry(run(model, batch), "loss"), "model(**batch).loss"), float(count_samples(batch) or 1)
+
     if isinstance(logits, Tensor) and isinstance(labels, Tensor) and _is_integer(labels):
         if loss is None:
             source = "model(**batch) and cross-entropy on its logits"
@@ -394,20 +410,31 @@ def _labelled_mapping(model: nn.Module, batch: Mapping[str, Any]) -> LossRule:
         if shift is not None:
 
             def cross_entropy(model: nn.Module, batch: Mapping[str, Any]) -> WeightedLoss:
-                return _sequence_cross_entropy(logits_of(run(model, batch), "model(**batch)"), batch[key], shift)
+                output = run(model, batch)
+                mean, weight = _sequence_cross_entropy(logits_of(output, "model(**batch)"), batch[key], shift)
+                if not torch.is_grad_enabled():  # at evaluations of the value alone, where the comparison costs nothing
+                    _check_same(mean, _entry(output, "loss"))
+                return mean, weight
 
             what = "model(**batch).loss, a cross-entropy" + (" of the next token" if shift else "")
-            return LossRule(what, cross_entropy, logits.ndim - 1)
+            return LossRule(what, cross_entropy, logits.ndim - 1, fallback=LossRule(_OWN_LOSS, own_loss))
     if not isinstance(loss, Tensor):
         raise LossRuleError(
             f"the batch has {key!r}, but model(**batch) gives no loss, and its output does not fit labels of "
             f"{_describe(labels)}. {_FIXES}"
         )
 
-    def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> WeightedLoss:
-        return _scalar(_entry(run(model, batch), "loss"), "model(**batch).loss"), float(count_samples(batch) or 1)
+    return LossRule(_OWN_LOSS, own_loss)
 
-    return LossRule("model(**batch).loss, weighted by samples", own_loss)
+
+def _check_same(mean: Tensor, loss: Any) -> None:
+    own = loss.to(mean).reshape(())
+    if bool((mean - own).abs() > 1e-4 * mean.abs() + 1e-6) and bool(torch.isfinite(mean - own)):
+        raise OtherLossError(
+            f"the model's own loss ({own.item():.6g}) is the cross-entropy of its logits at some weights and batches and "
+            f"not at others (here {mean.item():.6g}). Pass the loss: loss_fn=lambda model, batch: model(**batch).loss, "
+            "or with its weight, (mean, weight)."
+        )
 
 
 def _sequence_cross_entropy(logits: Tensor, labels: Tensor, shift: int) -> WeightedLoss:

@@ -37,6 +37,7 @@ class Maximum(NamedTuple):
         rejections: vertex steps that did not raise f; for a convex f there are none.
         gap: ``max <gradient, v - perturbation>`` over the region: a measure of stationarity, zero at a local maximum. It
             bounds what is left to gain only where f is concave.
+        non_finite: points at which f was not finite, passed over.
     """
 
     perturbation: Tensor
@@ -49,6 +50,7 @@ class Maximum(NamedTuple):
     start_names: tuple[str, ...] = ()
     rejections: int = 0
     gap: float = math.nan
+    non_finite: int = 0
 
 
 class Maximizer(Protocol):
@@ -80,12 +82,14 @@ class _Run:
     best_value: float = -math.inf
     best: Tensor | None = None
     best_gradient: Tensor | None = None
+    non_finite: int = 0
 
     def evaluate(self, e: Tensor) -> tuple[float, Tensor]:
         value, gradient = self.fn(e)
         self.gradients += 1
         if not math.isfinite(value) or not bool(torch.isfinite(gradient).all()):
             value = -math.inf
+            self.non_finite += 1
         if value > self.best_value:
             self.best_value, self.best, self.best_gradient = value, e, gradient
         return value, gradient
@@ -179,6 +183,7 @@ class SignFrankWolfe:
             start_values=(run.best_value,),
             start_names=("start",),
             rejections=rejections,
+            non_finite=run.non_finite,
             gap=reductions.dot(best_gradient, vertex - best).item(),
         )
 
@@ -293,7 +298,7 @@ class _Search:
         self._budget = self.left = budget
         self._names: list[str] = []
         self._values: list[float] = []
-        self._steps = self._rejections = self._winner = 0
+        self._steps = self._rejections = self._non_finite = self._winner = 0
         self._settled = False
         self.best: Maximum
 
@@ -323,6 +328,7 @@ class _Search:
         self.left -= found.gradients
         self._steps += found.steps
         self._rejections += found.rejections
+        self._non_finite += found.non_finite
 
     def result(self) -> Maximum:
         spent = self._budget - self.left
@@ -331,6 +337,7 @@ class _Search:
             status=Status(Kind.LOWER_BOUND, how),
             steps=self._steps,
             rejections=self._rejections,
+            non_finite=self._non_finite,
             gradients=spent,
             start_values=tuple(self._values),
             start_names=tuple(self._names),
@@ -425,6 +432,7 @@ class LBFGSB:
             gradient=run.best_gradient,
             start_values=(run.best_value,),
             start_names=("zero" if not start.any() else "start",),
+            non_finite=run.non_finite,
             gap=reductions.dot(run.best_gradient, vertex - run.best).item(),
         )
 

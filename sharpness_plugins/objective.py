@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import modes, sampling
-from .batches import Batch, BatchSource, map_tensors, tensors_of
+from .batches import Batch, BatchSource, head, map_tensors, tensors_of
 from .errors import NonFiniteLossError, SecondDerivativeError
-from .losses import LossFn, LossRule, PluginRule, logits_of, resolve_loss, unwrap
+from .losses import LossFn, LossRule, OtherLossError, PluginRule, logits_of, resolve_loss, unwrap
 from .progress import ProgressEvent, ProgressListener
 from .report import Cost
 from .space import ParameterSpace, Select
@@ -91,8 +91,11 @@ class Objective:
         self._began = time.perf_counter()
         self._counts = {"values": 0.0, "gradients": 0.0, "hvps": 0.0, "passes": 0.0}
         self._depth = 0
+        self._seed = sampling.key_for(seed, "model") >> 2  # room for the position of the batch
         self.module, wrappers = unwrap(model)
         self._batch_norm = batch_norm
+        # a loss that is a module has modes, too
+        self._modules = [self.module, *(part for part in (criterion, loss_fn) if isinstance(part, nn.Module))]
         with torch.inference_mode(False):
             self.space = ParameterSpace(self.module, select, device=None if device is None else torch.device(device))
         self.device = self.space.device
@@ -117,13 +120,22 @@ class Objective:
         )
         with self.session():
             self._source.load()
-            self._copy_inputs, self._inputs_written = True, False
+            # the first pass looks at what the model does beside computing; later ones guard against it where it does
+            self._first_look, self._inputs_written, self._weights_written, self._draws = True, False, False, False
+            self._value_needs_grad = False
             self._rule = self._resolve_loss(loss_fn, criterion, plugin_rule)
             # of the whole loader, and the batches that have none: the first pass tells them
             self._weight = torch.tensor(0.0, dtype=torch.float64)
             self._weightless: set[int] = set()
-            self.loss = self.value()
-            self._copy_inputs = self._inputs_written  # a model that writes to its inputs gets copies from now on, too
+            try:
+                self._look_elsewhere()
+                self.loss = self._first_value()
+            except OtherLossError:
+                if self._rule.fallback is None:
+                    raise
+                self._rule = self._rule.fallback
+                self.loss = self._first_value()
+            self._first_look = False
 
     # ------------------------------------------------------------------ what it is
 
@@ -150,7 +162,8 @@ class Objective:
 
     @property
     def notes(self) -> list[str]:
-        return self._own_notes + self._source.notes
+        drawing = ["the model draws random numbers in eval mode; every evaluation repeats the same draws"]
+        return self._own_notes + drawing * self._draws + self._source.notes
 
     @property
     def cost(self) -> Cost:
@@ -184,7 +197,8 @@ class Objective:
             notes.append(
                 "half-precision weights were measured on a float32 copy (a step of ε = 1e-3 is lost in their rounding)"
             )
-        if self._batch_norm == "batch" and modes.has_batch_norm(self.module):
+        batch_statistics = self._batch_norm == "batch"
+        if modes.has_batch_norm(self.module, without_running_statistics=not batch_statistics):
             notes.append("BatchNorm used the statistics of each evaluation batch, so the numbers depend on the batch size")
         return notes
 
@@ -194,11 +208,11 @@ class Objective:
         """Mean loss at ``origin + perturbation``, shape ``(dim,)``. One pass, forward only."""
         losses: list[Tensor] = []
         weights: list[Tensor] = []
-        with self.session(), torch.no_grad():
+        with self.session(), torch.set_grad_enabled(self._value_needs_grad):
             point = self._point(perturbation)
             for batch in self._batches():
                 loss, weight = self._batch_loss(point, batch)
-                losses.append(loss)
+                losses.append(loss.detach())
                 weights.append(weight)
         self._counts["values"] += 1
         if self._weight == 0:
@@ -217,13 +231,7 @@ class Objective:
             leaf = self._point(perturbation).requires_grad_()
             for batch in self._batches():
                 loss, weight = self._batch_loss(leaf, batch)
-                if not loss.requires_grad:
-                    raise ValueError(
-                        f"the loss of batch {batch.position} does not depend on the selected parameters: the model or the "
-                        "loss detaches it (torch.no_grad, .detach(), .item()), or does not use them. Remove that, or select "
-                        "others."
-                    )
-                (part,) = torch.autograd.grad(self._share(loss, weight), leaf)
+                part = self._gradient(self._share(loss, weight), leaf, batch)
                 gradient = part if gradient is None else gradient.add_(part)
                 losses.append(loss.detach())
                 weights.append(weight)
@@ -254,7 +262,7 @@ class Objective:
     def output_gradients(self, *, max_outputs: int = 10, max_samples: int = 512) -> Iterator[tuple[int, Tensor]]:
         """``(k, gradient of the mean of output k)`` at the origin, for the classes or output coordinates of the model.
 
-        Made from the first ``max_samples`` samples (whole batches), one backward pass for each output. Above
+        Made from the first ``max_samples`` samples, one backward pass for each output. Above
         ``max_outputs``, the outputs with the largest mean probability. Yields nothing where the model's output is not a
         tensor of scores. The direction in which one class is inflated leads to a local maximum of its own.
         """
@@ -264,6 +272,9 @@ class Objective:
         with self.session():
             leaf = self.origin.clone().requires_grad_()
             for batch in self._batches(counted=False):
+                if batch.num_samples is not None and batch.num_samples > max_samples - taken:
+                    few = max_samples - taken
+                    batch = batch._replace(data=head(batch.data, few, of=batch.num_samples), num_samples=few)
                 scores = self._scores(leaf, batch)
                 if scores is None:
                     return
@@ -305,22 +316,58 @@ class Objective:
         """One pass over the batches that have weight; those of which every target is ignored have no loss either."""
         for position, batch in enumerate(self._source):
             if position not in self._weightless:
+                # what a model draws, although in eval mode, it draws again at every evaluation
+                sampling.seed_global(self._seed + position, self.device)
                 yield batch
             if counted:
                 self._tick()
 
     def _call(self, function: Callable[[nn.Module, Any], Any], flat: Tensor, batch: Batch) -> Any:
-        """``function(model, batch)`` with the weights ``flat``."""
-        data = map_tensors(batch.data, torch.clone) if self._copy_inputs else batch.data
-        state = {f"model.{name}": tensor for name, tensor in self.space.state(flat).items()}
+        """``function(model, batch)`` with the weights ``flat``; containers of the batch are new each time."""
+        copy_inputs, copy_weights = self._first_look or self._inputs_written, self._first_look or self._weights_written
+        data = map_tensors(batch.data, torch.clone if copy_inputs else torch.detach)
+        weights = self.space.state(flat, copy_constants=copy_weights)
+        given, drawn = tensors_of(data), sampling.torch_state(self.device) if self._first_look else ()
+        state = {f"model.{name}": tensor for name, tensor in weights.items()}
         answer = functional_call(_Bound(self.module, function), state, (data,))
-        if self._copy_inputs:
-            self._inputs_written |= any(tensor._version > 0 for tensor in tensors_of(data))
+        if self._first_look:
+            self._inputs_written |= any(tensor._version > 0 for tensor in given)
+            self._weights_written |= any(weights[name]._version > 0 for name in self.space.constants)
+            self._draws |= drawn != sampling.torch_state(self.device)
         return answer
 
     def _share(self, loss: Tensor, weight: Tensor) -> Tensor:
         """The batch's part of the mean loss."""
         return loss * (weight / self._weight)
+
+    def _gradient(self, share: Tensor, leaf: Tensor, batch: Batch, *, create_graph: bool = False) -> Tensor:
+        gradient: Tensor | None = None
+        if share.requires_grad:
+            (gradient,) = torch.autograd.grad(share, leaf, create_graph=create_graph, allow_unused=True)
+        if gradient is None:
+            raise ValueError(
+                f"the loss of batch {batch.position} does not depend on the selected parameters: the model or the loss "
+                "detaches it (torch.no_grad, .detach(), .item()), or does not use them (a loss_fn must use the model that "
+                "it is given). Change that, or select others."
+            )
+        return gradient
+
+    def _look_elsewhere(self) -> None:
+        """A rule that was read off the loss at the origin must hold at other weights, too."""
+        if self._rule.fallback is None:
+            return
+        noise = sampling.normal(self.dim, sampling.generator_for(self._seed, "elsewhere"), self.origin)
+        with torch.no_grad():
+            self._call(self._rule.loss_fn, (self.origin.abs() + 0.1) * noise, next(iter(self._source)))
+
+    def _first_value(self) -> float:
+        try:
+            return self.value()
+        except RuntimeError as error:
+            if "require grad" not in str(error):
+                raise
+        self._value_needs_grad = True  # the loss itself takes derivatives, with respect to its inputs, say
+        return self.value()
 
     def _mean(self, losses: list[Tensor], weights: list[Tensor], *, at_origin: bool) -> float:
         stacked, w = torch.stack(losses), torch.stack(weights)
@@ -340,7 +387,7 @@ class Objective:
         products = {"forward over reverse": self._forward_over_reverse, "double backward": self._double_backward}
         if self._hvp_mode is not None:
             return products[self._hvp_mode](point, rows, batch)
-        causes = []
+        causes: list[tuple[str, Exception]] = []
         for name, product in products.items():
             try:
                 with warnings.catch_warnings():
@@ -350,13 +397,14 @@ class Objective:
             except Exception as error:
                 causes.append((name, error))
                 continue
+            if not found.any():  # a linear loss, or one that is cut off from the weights
+                leaf = point.clone().requires_grad_()
+                self._gradient(self._share(*self._batch_loss(leaf, batch)), leaf, batch)
             self._hvp_mode = name
             return found
         if all(type(error) is type(causes[0][1]) and str(error) == str(causes[0][1]) for _, error in causes):
             raise causes[0][1]  # nothing to do with differentiation: the model itself fails
-        said = "; ".join(
-            f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}" for name, error in causes
-        )
+        said = "; ".join(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}" for name, error in causes)
         raise SecondDerivativeError(
             f"no exact mode gives a Hessian-vector product of {type(self.module).__name__} ({said}). Replace the operation "
             "that has no second derivative, or measure first-order metrics only: metrics=['epsilon_box', 'random_subspace']."
@@ -371,7 +419,7 @@ class Objective:
 
     def _double_backward(self, point: Tensor, rows: Tensor, batch: Batch) -> Tensor:
         leaf = point.detach().clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(self._share(*self._batch_loss(leaf, batch)), leaf, create_graph=True)
+        gradient = self._gradient(self._share(*self._batch_loss(leaf, batch)), leaf, batch, create_graph=True)
         if not gradient.requires_grad:  # the loss is linear in the parameters
             return torch.zeros_like(rows)
         products = [
@@ -426,10 +474,11 @@ class Objective:
             if self._depth > 1:
                 yield
                 return
-            batch_statistics = self._batch_norm == "batch"
-            with (
-                sampling.preserved_rng(self.device, self._source.holders),
-                modes.evaluation(self.module, self.device, batch_statistics=batch_statistics),
+            with modes.evaluation(
+                self._modules,
+                self.device,
+                batch_statistics=self._batch_norm == "batch",
+                holders=self._source.holders,
             ):
                 yield
         finally:

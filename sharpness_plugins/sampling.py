@@ -6,10 +6,9 @@ drawn on the CPU, so that devices agree.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,10 @@ __all__ = [
     "key_for",
     "normal",
     "philox",
-    "preserved_rng",
+    "rng_states",
     "seed_global",
     "set_generator_states",
+    "torch_state",
     "uniform",
 ]
 
@@ -71,16 +71,17 @@ def _wrap(multiplier: int, word: Tensor | int) -> Tensor | int:
     return word * multiplier
 
 
-def seed_global(seed: int) -> None:
-    """Seed the global generators that data sets draw from: torch (CPU), NumPy's legacy one, Python's."""
+def seed_global(seed: int, device: torch.device | None = None) -> None:
+    """Seed the global generators that data sets and models draw from: torch's, NumPy's legacy one, Python's."""
     torch.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        torch.cuda.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - the legacy global state is what augmentations use
     random.seed(seed)
 
 
-@contextlib.contextmanager
-def preserved_rng(device: torch.device, holders: Iterable[Any] = ()) -> Iterator[None]:
-    """Leave the global random states, and the generators that ``holders`` carry as attributes, as they were.
+def rng_states(device: torch.device, holders: Iterable[Any] = ()) -> Callable[[], None]:
+    """A function that puts the random states back: the global ones, and those of generators that ``holders`` carry.
 
     Args:
         device: its state is kept beside the CPU's (for CUDA: that one device's).
@@ -89,15 +90,24 @@ def preserved_rng(device: torch.device, holders: Iterable[Any] = ()) -> Iterator
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     own = generator_states(holders)
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state(cuda, device)
         set_generator_states(own)
+
+    return restore
+
+
+def torch_state(device: torch.device) -> tuple[bytes, ...]:
+    """The states of torch's generators that a model may draw from; equal before and after if nothing was drawn."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return tuple(state.numpy().tobytes() for state in states)
 
 
 GeneratorStates = list[tuple[Any, Any]]

@@ -93,13 +93,20 @@ class ParameterSpace:
             )
         }
 
-    def state(self, flat: Tensor) -> dict[str, Tensor]:
+    def state(self, flat: Tensor, *, copy_constants: bool = False) -> dict[str, Tensor]:
         """Parameters and buffers for ``functional_call``: views of ``flat``, constants, and clones of the buffers.
 
-        Buffers are cloned because modules write to them (BatchNorm's running statistics, counters).
+        Buffers are cloned because modules write to them (BatchNorm's running statistics, counters); the parameters that
+        are not perturbed only on request, for the rare module that writes to its weights (``max_norm`` of an embedding).
         """
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
-        return {**self._constants, **buffers, **self.split(flat)}
+        constants = {name: c.clone() for name, c in self._constants.items()} if copy_constants else self._constants
+        return {**constants, **buffers, **self.split(flat)}
+
+    @property
+    def constants(self) -> list[str]:
+        """Names of the parameters that are not perturbed."""
+        return list(self._constants)
 
     def check(self, vector: Tensor, role: str) -> Tensor:
         """``vector`` in the dtype and device of the space.

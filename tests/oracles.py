@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sharpness_plugins import sampling
 from sharpness_plugins.objective import Objective
+
+
+@contextlib.contextmanager
+def preserved_rng(device: torch.device, holders: Iterable[Any] = ()) -> Iterator[None]:
+    restore = sampling.rng_states(device, holders)
+    try:
+        yield
+    finally:
+        restore()
+
 
 DIAGONAL = (100.0, 10.0, 1.0, 0.1, 0.0, 5.0)
 WEIGHTS = (0.5, -2.0, 0.0, 3.0, 1.0, -0.1)

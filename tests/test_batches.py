@@ -12,7 +12,8 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
 
-from sharpness_plugins import memory, sampling
+from oracles import preserved_rng
+from sharpness_plugins import memory
 from sharpness_plugins.batches import BatchSource, count_samples, map_tensors, tensors_of
 from sharpness_plugins.errors import LoaderError, MeasurementWarning
 
@@ -49,13 +50,13 @@ class Graph:
 
 def loaded(loader, **settings):
     source = BatchSource(loader, device=CPU, **settings)
-    with sampling.preserved_rng(CPU, source.holders):
+    with preserved_rng(CPU, source.holders):
         source.load()
     return source
 
 
 def read(source):
-    with sampling.preserved_rng(CPU, source.holders):
+    with preserved_rng(CPU, source.holders):
         return list(source)
 
 

@@ -184,6 +184,20 @@ def test_bad_input_is_refused(change, match):
         top_ritz_pairs(torch.clone, arguments.pop("start"), arguments.pop("k"), **arguments)
 
 
+def test_operators_that_are_not_symmetric_are_an_error():
+    matrix = oracles.with_spectrum(SPECTRA["decaying"])
+    matrix = matrix + torch.triu(matrix, 1)
+    with pytest.raises(ArithmeticError, match="not symmetric"):
+        top_ritz_pairs(counted(matrix), start(300), 3, num_matvecs=100)
+    noise, symmetric = torch.Generator().manual_seed(1), oracles.with_spectrum(SPECTRA["decaying"])
+
+    def unrepeatable(v):
+        return symmetric @ v + 0.5 * torch.randn(300, generator=noise, dtype=F64)
+
+    with pytest.raises(ArithmeticError, match="not symmetric"):
+        top_ritz_pairs(unrepeatable, start(300), 3, num_matvecs=100)
+
+
 def test_products_that_are_not_finite_are_an_error():
     with pytest.raises(ArithmeticError, match="product 1 with the operator is not finite"):
         top_ritz_pairs(lambda v: v * float("inf"), torch.ones(4), 1, num_matvecs=3)

@@ -10,6 +10,7 @@ from torch import nn
 
 from sharpness_plugins.errors import LossRuleError
 from sharpness_plugins.losses import call_model, logits_of, resolve_loss, unwrap
+from sharpness_plugins.objective import Objective
 
 BOTH_FIXES = r"Pass loss_fn=lambda model, batch: .* or criterion=torch\.nn\.CrossEntropyLoss\(\)"
 
@@ -510,3 +511,55 @@ def test_messages_are_one_paragraph():
         resolve_loss(Given(), (seeded(2, 3), [["deeply", {"nested": seeded(2)}]] * 9))
     assert not re.search(r"\n", str(caught.value))
     assert len(str(caught.value)) < 500
+
+
+class _Answer:
+    def __init__(self, loss, logits):
+        self.loss, self.logits = loss, logits
+
+
+class _OwnLoss(torch.nn.Module):
+    """A model that computes a loss of its own, as Transformers' models do."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.linear, self.own = torch.nn.Linear(4, 3), loss
+
+    def forward(self, x, labels=None):
+        logits = self.linear(x)
+        return _Answer(self.own(logits, labels), logits)
+
+
+@pytest.mark.parametrize("case", ["weighted by class, seen in the second batch only", "ten times, at a tiny loss"])
+def test_a_loss_that_only_looks_like_a_cross_entropy_is_not_taken_for_one(case):
+    torch.manual_seed(0)
+    cross_entropy = torch.nn.functional.cross_entropy
+    x, y = torch.randn(12, 4), torch.arange(12) // 6
+    if case.startswith("weighted"):
+        weight = torch.tensor([1.0, 5.0, 1.0])
+
+        def loss(logits, labels):
+            return (cross_entropy(logits, labels, reduction="none") * weight[labels]).mean()
+
+        model = _OwnLoss(loss)
+    else:
+        model = _OwnLoss(lambda logits, labels: 10 * cross_entropy(logits, labels))
+        with torch.no_grad():
+            model.linear.weight.zero_()
+            model.linear.weight[:2, 0] = torch.tensor([20.0, -20.0])
+            x[:, 0] = torch.where(y == 0, 1.0, -1.0)
+    batches = [{"x": x[:6], "labels": y[:6]}, {"x": x[6:], "labels": y[6:]}]
+    objective = Objective(model, batches)
+    assert objective.loss_rule == "model(**batch).loss, weighted by samples"
+    e = 0.5 * torch.ones(objective.dim)
+    by_hand = _OwnLoss(model.own)
+    with torch.no_grad():
+        for mine, theirs in zip(by_hand.parameters(), model.parameters(), strict=True):
+            mine.copy_(theirs + 0.5)
+    assert objective.value(e) == pytest.approx(by_hand(x, y).loss.item(), rel=1e-5)
+
+
+def test_shapes_that_would_be_broadcast_are_refused():
+    x = torch.randn(6, 4)
+    with pytest.raises(LossRuleError, match=r"would be broadcast against each other.*y\[:, None\]"):
+        Objective(torch.nn.Linear(4, 1), [(x, torch.randn(6))], criterion=torch.nn.MSELoss())

@@ -189,6 +189,7 @@ def test_values_that_are_not_finite_are_no_ascent():
     found = MultiStart().maximize(fn, Box(torch.ones(3, dtype=F64)), torch.zeros(3, dtype=F64))
     assert found.value == pytest.approx(1.2, abs=0.31)  # 0.1 to 0.5 a coordinate, and no NaN
     assert (found.perturbation <= 0.5).all()
+    assert found.non_finite > 0
 
 
 def test_a_box_of_width_zero_stays_put():

@@ -166,9 +166,26 @@ def test_the_modes_of_differentiation_that_architectures_allow():
         modes[make.__name__] = objective.hvp_mode
     assert set(modes.values()) == {"forward over reverse"}
 
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2))
-    objective = Objective(model, [(torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 0]))])
+    class Square(torch.autograd.Function):
+        """Twice differentiable, but without a forward mode."""
+
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x * x
+
+        @staticmethod
+        def setup_context(ctx, inputs, output) -> None:
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx, gradient: Tensor) -> Tensor:
+            return 2 * ctx.saved_tensors[0] * gradient
+
+    class Squares(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return Square.apply(super().forward(x))
+
+    objective = Objective(Squares(3, 2), [(torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 0]))])
     objective.hvp(torch.ones(objective.dim))
     assert objective.hvp_mode == "double backward"
 

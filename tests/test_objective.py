@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import signal
+import threading
 import warnings
 
 import numpy as np
@@ -438,3 +440,182 @@ def test_one_flat_leaf_is_split_and_not_sliced():
     operations = {event.key for event in profile.key_averages()}
     assert any("Split" in name for name in operations)
     assert not any("SliceBackward" in name or "NarrowBackward" in name for name in operations)
+
+
+@pytest.mark.parametrize("api", ["parametrization", "hook"])
+@pytest.mark.parametrize("mode", ["forward over reverse", "double backward"])
+def test_weight_norm_has_the_right_hessian(api, mode):
+    """torch's own double backward of weight norm is wrong: an asymmetric Hessian."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 4).double()
+    if api == "hook":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the old form is deprecated
+            layer = nn.utils.weight_norm(layer)
+    else:
+        layer = nn.utils.parametrizations.weight_norm(layer)
+    plain = vars(layer).get("weight")
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 2).double())
+    objective = Objective(model, [(torch.randn(9, 3, dtype=torch.float64), torch.arange(9) % 2)])
+    objective._hvp_mode = mode
+    hessian = objective.hvp(torch.eye(objective.dim, dtype=torch.float64))
+    step = 1e-5
+    differences = [
+        (objective.value_and_grad(step * e)[1] - objective.value_and_grad(-step * e)[1]) / (2 * step)
+        for e in torch.eye(objective.dim, dtype=torch.float64)
+    ]
+    torch.testing.assert_close(hessian, torch.stack(differences), rtol=1e-6, atol=1e-8)
+    assert vars(layer).get("weight") is plain  # the hook's own tensor, and not one of ours
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_trace_after_a_real_interrupt_at_any_moment(seed):
+    """A signal falls where it wants, also between the swap of two weights: nothing but a timer finds those places."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[layer for _ in range(12) for layer in (nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())])
+    model.train()
+    loader = [(torch.randn(6, 8), torch.arange(6) % 8)]
+    objective = Objective(model, loader)
+    before = fingerprint(model)
+    owners = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    delays = random.Random(seed)
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    def evaluate_until_interrupted(seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        while True:
+            objective.value_and_grad()
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(40):
+            with pytest.raises(KeyboardInterrupt):
+                evaluate_until_interrupted(delays.uniform(1e-4, 2e-2))
+            for module, parameters, buffers in owners:
+                assert all(module._parameters[name] is parameter for name, parameter in parameters.items())
+                assert all(module._buffers[name] is buffer for name, buffer in buffers.items())
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert same(fingerprint(model), before)
+
+
+def test_frozen_weights_that_the_model_writes_to_are_copies():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 5, max_norm=1.0), nn.Flatten(), nn.Linear(15, 2))
+    with torch.no_grad():
+        model[0].weight.mul_(10)
+    model[0].weight.requires_grad_(False)
+    kept = model[0].weight.clone()
+    objective = Objective(model, [(torch.randint(0, 10, (6, 3)), torch.arange(6) % 2)])
+    assert objective.value() == objective.loss
+    assert torch.equal(model[0].weight, kept)
+
+
+def test_a_loss_function_may_take_its_batch_apart():
+    problem = oracles.small_classifier()
+    batch = {"x": problem.inputs, "y": problem.targets, "weight": torch.linspace(0, 2, 20, dtype=torch.float64)}
+
+    def loss_fn(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        weight = batch.pop("weight", None)
+        losses = nn.functional.cross_entropy(model(batch.pop("x").requires_grad_()), batch["y"], reduction="none")
+        return losses.mean() if weight is None else (weight * losses).mean()
+
+    objective = Objective(problem.model, [batch], loss_fn=loss_fn)
+    assert objective.value() == objective.loss == objective.value_and_grad()[0]
+    assert list(batch) == ["x", "y", "weight"]
+    assert not batch["x"].requires_grad
+
+
+def test_a_model_that_draws_in_eval_mode_repeats_itself_and_it_is_said():
+    class MonteCarloDropout(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(nn.functional.dropout(x, 0.5, training=True))
+
+    problem = oracles.small_classifier(torch.float32)
+    torch.manual_seed(0)
+    model = MonteCarloDropout()
+    objective = Objective(model, problem.loader(9, 11))
+    assert objective.value() == objective.loss == objective.value_and_grad()[0]
+    assert any("draws random numbers in eval mode" in note for note in objective.notes)
+    u, v = direction(objective.dim, 0, objective.origin), direction(objective.dim, 1, objective.origin)
+    assert (u @ objective.hvp(v)).item() == pytest.approx((v @ objective.hvp(u)).item(), rel=1e-4)
+
+
+def test_a_loss_that_takes_derivatives_with_respect_to_its_inputs():
+    """Physics-informed losses need gradients where only the value is asked for."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    def residual(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = x.requires_grad_()
+        u = model(x)
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return (slope + u).square().mean()
+
+    points = torch.linspace(0, 1, 7, dtype=torch.float64)[:, None]
+    objective = Objective(model, [points], loss_fn=residual)
+    assert objective.loss == pytest.approx(residual(model, points.clone()).item(), rel=1e-12)
+    v = direction(objective.dim, 0, objective.origin)
+    step = 1e-5
+    difference = objective.value_and_grad(step * v)[1] - objective.value_and_grad(-step * v)[1]
+    torch.testing.assert_close(objective.hvp(v), difference / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+def test_a_loss_function_that_ignores_its_model_is_an_error():
+    problem = oracles.small_classifier()
+    other = copy.deepcopy(problem.model)
+    objective = Objective(problem.model, problem.loader(), loss_fn=lambda model, b: other(b[0]).square().mean())
+    for call in (objective.value_and_grad, lambda: objective.hvp(torch.ones(objective.dim))):
+        with pytest.raises(ValueError, match="must use the model that it is given"):
+            call()
+
+
+def test_a_criterion_that_is_a_module_is_in_eval_mode_and_put_back():
+    problem = oracles.small_classifier()
+    criterion = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Dropout(0.5)).double()
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = criterion
+
+        def forward(self, output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.head(output).square().mean()
+
+    loss = Loss().train()
+    objective = Objective(problem.model, problem.loader(), criterion=loss)
+    assert objective.value() == objective.loss
+    assert all(module.training for module in loss.modules())
+    assert criterion[0].num_batches_tracked == 0
+
+
+def test_batch_norm_without_running_statistics_is_said():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    problem = oracles.small_classifier(torch.float32)
+    assert any("statistics of each evaluation batch" in note for note in Objective(model, problem.loader()).notes)
+
+
+def test_two_threads_measure_two_models_one_after_the_other():
+    problem = oracles.small_classifier()
+    expected = Objective(problem.model, problem.loader()).hvp(torch.ones(51))
+    found: list[torch.Tensor] = []
+
+    def work() -> None:
+        twin = copy.deepcopy(problem.model)
+        found.extend(Objective(twin, problem.loader()).hvp(torch.ones(51)) for _ in range(20))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 60
+    assert all(torch.equal(product, expected) for product in found)
+    assert torch.backends.cuda.flash_sdp_enabled()

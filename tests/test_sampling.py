@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from oracles import preserved_rng
 from sharpness_plugins import sampling
 
 ONES = 0xFFFFFFFF
@@ -87,7 +88,7 @@ def drawn():
 
 
 def test_global_seed_fixes_what_data_sets_draw_from():
-    with sampling.preserved_rng(torch.device("cpu")):
+    with preserved_rng(torch.device("cpu")):
         sampling.seed_global(2**63 - 1)
         first = drawn()
         sampling.seed_global(2**63 - 1)
@@ -118,12 +119,12 @@ def test_random_states_are_as_before_whatever_happens_inside(error):
     def use(act):
         holder, slotted = Holder(), object()
         holder.drawn()
-        with sampling.preserved_rng(torch.device("cpu")):
+        with preserved_rng(torch.device("cpu")):
             sampling.seed_global(7)
             np.random.normal()  # noqa: NPY002 - leaves half a pair of normals in the legacy state
             if act:
                 try:
-                    with sampling.preserved_rng(torch.device("cpu"), [holder, slotted]):
+                    with preserved_rng(torch.device("cpu"), [holder, slotted]):
                         drawn(), holder.drawn(), sampling.seed_global(9)
                         if error is not None:
                             raise error

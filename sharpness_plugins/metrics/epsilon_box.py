@@ -71,7 +71,7 @@ class EpsilonBox:
         moved = reductions.norm(e).item()
         message = (
             f"{maximum.status.message}; {100 * at_bound:.0f} % of the coordinates at the bound, "
-            f"the weights moved by {moved:.3g}"
+            f"the weights moved by {moved:.3g}{keskar.passed_over(maximum.non_finite)}"
         )
         lost = _lost_in_rounding(objective.origin, e)
         if lost > _TOO_MUCH_LOST:

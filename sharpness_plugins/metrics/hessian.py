@@ -29,7 +29,7 @@ class HessianTopK:
     not count. It is not invariant to rescaling layers, and with cross-entropy it falls as the loss falls.
 
     Args:
-        k: number of eigenvalues.
+        k: number of eigenvalues; lowered to the number of parameters where that is smaller, and said.
         tolerance: relative residual.
         which: "LA" for the algebraically largest (sharpness), "LM" for the largest in magnitude.
         num_matvecs: budget of products; None for ``20 k + 100``.
@@ -63,10 +63,11 @@ class HessianTopK:
         return 20 * self.k + 100 if self.num_matvecs is None else self.num_matvecs
 
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
+        k = min(self.k, objective.dim)
         pairs = top_ritz_pairs(
             objective.hvp,
             sampling.normal(objective.dim, rng, objective.origin),
-            self.k,
+            k,
             num_matvecs=self._budget(),
             tolerance=self.tolerance,
             which=self.which,
@@ -75,6 +76,8 @@ class HessianTopK:
         values, residuals = pairs.values.tolist(), pairs.residuals.tolist()
         worst = max(residual / abs(value) if value else 0.0 for value, residual in zip(values, residuals, strict=True))
         how = f"{pairs.num_matvecs} products, {objective.hvp_mode}, largest relative residual {worst:.1e}"
+        if k < self.k:
+            how += f"; k={self.k} was lowered to the number of parameters"
         if pairs.converged:
             status = Status(Kind.CONVERGED, f"residuals below {self.tolerance:g} of each value, with a guard pair ({how})")
         else:
@@ -90,7 +93,7 @@ class HessianTopK:
             details={
                 "eigenvalues": values,
                 "residuals": residuals,
-                "k": self.k,
+                "k": k,
                 "which": self.which,
                 "tolerance": self.tolerance,
                 "num_matvecs": pairs.num_matvecs,

@@ -12,7 +12,17 @@ from .. import sampling
 from ..maximizers import Maximizer, Maximum, ValueAndGrad, maximizer_named
 from ..regions import Box
 
-__all__ = ["budget_of", "check_epsilon", "check_loss", "described", "maximize", "sharpness", "solver", "uses_proposals"]
+__all__ = [
+    "budget_of",
+    "check_epsilon",
+    "check_loss",
+    "described",
+    "maximize",
+    "passed_over",
+    "sharpness",
+    "solver",
+    "uses_proposals",
+]
 
 
 def check_epsilon(epsilon: float) -> None:
@@ -72,6 +82,12 @@ def maximize(
     return chosen.maximize(fn, box, start, offered())
 
 
+def passed_over(count: int) -> str:
+    """A clause on points whose loss was infinite or NaN; empty where there were none."""
+    points = f"{count} points" if count > 1 else "1 point"
+    return f"; the loss was not finite at {points} of the region, so its maximum is not" if count else ""
+
+
 def described(maximum: Maximum, loss: float) -> dict[str, Any]:
     """The part of the details that every inner maximisation has."""
     return {
@@ -80,5 +96,6 @@ def described(maximum: Maximum, loss: float) -> dict[str, Any]:
         "gradients_in_solver": maximum.gradients,
         "steps": maximum.steps,
         "rejections": maximum.rejections,
+        "non_finite": maximum.non_finite,
         "stationarity_gap": 100 * maximum.gap / (1 + loss),
     }

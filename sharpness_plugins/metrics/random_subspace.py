@@ -98,6 +98,7 @@ class RandomSubspace:
             f"({self.column_scale}), each a lower bound; {100 * statistics.mean(at_bound):.0f} % of the coordinates at the "
             f"bound, the weights moved by {statistics.mean(norms):.3g}"
         )
+        message += keskar.passed_over(sum(draw["non_finite"] for draw in solved))
         if dim < self.dim:
             message += f"; dim={self.dim} was lowered to the number of parameters"
         return MetricResult(
