@@ -99,6 +99,11 @@ def resolve_loss(
     for name, given in (("loss_fn", loss_fn), ("criterion", criterion)):
         if given is not None and not callable(given):
             raise TypeError(f"{name} must be callable, got {given!r}. {_FIXES}")
+    if isinstance(loss_fn, nn.modules.loss._Loss):
+        raise LossRuleError(
+            f"loss_fn is called as loss_fn(model, batch), and {_name_of(loss_fn)} compares an output with targets. "
+            f"Pass it as criterion={_name_of(loss_fn)}(...)."
+        )
     if loss_fn is not None:
         return LossRule(f"loss_fn {_name_of(loss_fn)}", _from_loss_fn(loss_fn))
     if criterion is not None:

@@ -18,6 +18,7 @@ from . import sampling
 __all__ = ["evaluation", "has_batch_norm", "second_derivatives"]
 
 _ONE_AT_A_TIME = threading.RLock()
+_FLAGS = ("training", "sparse", "padding_idx", "scale_grad_by_freq")
 _OLD_WEIGHT_NORM = importlib.import_module("torch.nn.utils.weight_norm")  # the function of that name hides the module
 
 
@@ -35,31 +36,41 @@ def evaluation(
         holders: see ``sampling.rng_states``.
     """
     tree = list(dict.fromkeys(m for module in modules for m in module.modules()))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_ONE_AT_A_TIME)
-        for restore in (_module_state(tree), _switches(device), sampling.rng_states(device, holders)):
-            stack.callback(_surely, restore)
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for device_type in {"cpu", device.type}:
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in tree):
-            # compiled graphs have no double backward; asked only where needed, since it imports the compiler
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for m in tree:
-            # set directly: some modules do work in train() and eval(), such as merging adapters
-            m.training = batch_statistics and isinstance(m, _BatchNorm)
-            if isinstance(m, (nn.Embedding, nn.EmbeddingBag)):
-                m.sparse = False
-        # inference kernels of attention: without gradients they would take another path than with them
-        torch.backends.mha.set_fastpath_enabled(False)
-        if device.type == "cuda":
-            # TensorFloat-32 moves ε-box sharpness by up to 0.3 % at ε = 1e-3 and 12 % at 1e-5
-            torch.set_float32_matmul_precision("highest")
-            torch.backends.cudnn.allow_tf32 = False
-            if any(isinstance(m, nn.RNNBase) for m in tree):  # cuDNN's RNNs have no backward in eval mode
-                torch.backends.cudnn.enabled = False
-        yield
+    with _ONE_AT_A_TIME:
+        restores = (_module_state(tree), _switches(device), sampling.rng_states(device, holders))
+        try:
+            with contextlib.ExitStack() as stack:
+                _enter(stack, tree, device, batch_statistics=batch_statistics)
+                yield
+        finally:
+            _surely(lambda: [restore() for restore in restores])
+
+
+def _enter(stack: contextlib.ExitStack, tree: list[nn.Module], device: torch.device, *, batch_statistics: bool) -> None:
+    # reentrant checkpointing cuts the weights out of the graph; without it, a layer is simply computed
+    checkpointing = importlib.import_module("torch.utils.checkpoint")
+    stack.enter_context(_replaced(checkpointing, "CheckpointFunction", _NoCheckpoint))
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.enable_grad())
+    for device_type in {"cpu", device.type}:
+        stack.enter_context(torch.autocast(device_type, enabled=False))
+    if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in tree):
+        # compiled graphs have no double backward; asked only where needed, since it imports the compiler
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    for m in tree:
+        # set directly: some modules do work in train() and eval(), such as merging adapters
+        m.training = batch_statistics and isinstance(m, _BatchNorm)
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag)):
+            # dense gradients, and all of them: a padding row is a weight like others to the loss
+            m.sparse, m.padding_idx, m.scale_grad_by_freq = False, None, False
+    # inference kernels of attention: without gradients they would take another path than with them
+    torch.backends.mha.set_fastpath_enabled(False)
+    if device.type == "cuda":
+        # TensorFloat-32 moves ε-box sharpness by up to 0.3 % at ε = 1e-3 and 12 % at 1e-5
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        if any(isinstance(m, nn.RNNBase) for m in tree):  # cuDNN's RNNs have no backward in eval mode
+            torch.backends.cudnn.enabled = False
 
 
 @contextlib.contextmanager
@@ -83,7 +94,7 @@ def has_batch_norm(module: nn.Module, *, without_running_statistics: bool = Fals
     return any(m.running_mean is None for m in found) if without_running_statistics else bool(found)
 
 
-def _surely(restore: Callable[[], None]) -> None:
+def _surely(restore: Callable[[], object]) -> None:
     """Run ``restore`` to its end, again if Ctrl-C falls into it, and only then let that out."""
     interrupt: KeyboardInterrupt | None = None
     while True:
@@ -103,19 +114,18 @@ def _module_state(tree: list[nn.Module]) -> Callable[[], None]:
     interrupt in twenty left perturbed weights in the model).
     """
     saved = [
-        (m, dict(m._parameters), dict(m._buffers), m.training, getattr(m, "sparse", None), _plain_tensors(m)) for m in tree
+        (m, dict(m._parameters), dict(m._buffers), {n: vars(m)[n] for n in _FLAGS if n in vars(m)}, _plain_tensors(m))
+        for m in tree
     ]
 
     def restore() -> None:
-        for m, parameters, buffers, training, sparse, plain in saved:
+        for m, parameters, buffers, flags, plain in saved:
             pairs: list[tuple[Any, Any]] = [(m._parameters, parameters), (m._buffers, buffers)]
             for now, before in pairs:
                 if list(now) != list(before) or any(now[name] is not before[name] for name in before):
                     now.clear()
                     now.update(before)
-            m.training = training
-            if isinstance(m, (nn.Embedding, nn.EmbeddingBag)):
-                m.sparse = sparse  # type: ignore[assignment]
+            m.__dict__.update(flags)
             for name in _plain_tensors(m).keys() - plain.keys():
                 del m.__dict__[name]
             m.__dict__.update(plain)
@@ -134,12 +144,14 @@ def _switches(device: torch.device) -> Callable[[], None]:
     attention = [
         (name, getattr(backends.cuda, f"{name}_sdp_enabled")()) for name in ("flash", "mem_efficient", "math", "cudnn")
     ]
+    gradients = torch.is_grad_enabled()
     on_cuda = device.type == "cuda"
     if on_cuda:
         matmul = torch.get_float32_matmul_precision()
         cudnn, conv = backends.cudnn.enabled, backends.cudnn.allow_tf32
 
     def restore() -> None:
+        torch.set_grad_enabled(gradients)
         backends.mha.set_fastpath_enabled(fast_path)
         backends.mkldnn.enabled = onednn
         for name, enabled in attention:
@@ -162,6 +174,14 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         stack.callback(_surely, restore)
         setattr(owner, name, value)
         yield
+
+
+class _NoCheckpoint:
+    """In place of ``torch.utils.checkpoint.CheckpointFunction``."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

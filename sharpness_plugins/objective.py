@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from .space import ParameterSpace, Select
 __all__ = ["BATCH_NORM_POLICIES", "Objective"]
 
 BATCH_NORM_POLICIES = ("eval", "batch")
+
+T = TypeVar("T")
 
 
 class Objective:
@@ -90,6 +92,7 @@ class Objective:
             raise ValueError(f"batch_norm must be one of {BATCH_NORM_POLICIES}, got {batch_norm!r}")
         self._began = time.perf_counter()
         self._counts = {"values": 0.0, "gradients": 0.0, "hvps": 0.0, "passes": 0.0}
+        self._sweeps, self._partial_passes = 0, 0.0  # batches seen by whole passes; fractions of passes beside them
         self._depth = 0
         self._seed = sampling.key_for(seed, "model") >> 2  # room for the position of the batch
         self.module, wrappers = unwrap(model)
@@ -211,7 +214,7 @@ class Objective:
         with self.session(), torch.set_grad_enabled(self._value_needs_grad):
             point = self._point(perturbation)
             for batch in self._batches():
-                loss, weight = self._batch_loss(point, batch)
+                loss, weight = self._with_loss(point, batch, lambda loss, weight: (loss, weight))
                 losses.append(loss.detach())
                 weights.append(weight)
         self._counts["values"] += 1
@@ -230,10 +233,9 @@ class Objective:
         with self.session():
             leaf = self._point(perturbation).requires_grad_()
             for batch in self._batches():
-                loss, weight = self._batch_loss(leaf, batch)
-                part = self._gradient(self._share(loss, weight), leaf, batch)
+                loss, weight, part = self._batch_gradient(leaf, batch)
                 gradient = part if gradient is None else gradient.add_(part)
-                losses.append(loss.detach())
+                losses.append(loss)
                 weights.append(weight)
         assert gradient is not None  # the source is never empty
         self._counts["gradients"] += 1
@@ -292,6 +294,7 @@ class Objective:
             with self.session():
                 (gradient,) = torch.autograd.grad(sums[k], leaf, retain_graph=position + 1 < len(chosen))
             self._counts["gradients"] += share
+            self._partial_passes += share
             self._counts["passes"] += share
             yield k, gradient
 
@@ -307,10 +310,19 @@ class Objective:
             return self.origin.clone()
         return self.origin + self.space.check(perturbation, "perturbation").detach()
 
-    def _batch_loss(self, flat: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        loss, weight = self._call(self._rule.loss_fn, flat, batch)
-        loss = loss.to(torch.float64)
-        return loss, torch.as_tensor(weight, dtype=torch.float64, device=loss.device).detach()
+    def _with_loss(self, flat: Tensor, batch: Batch, use: Callable[[Tensor, Tensor], T]) -> T:
+        """``use(loss, weight)`` of the batch, while the weights ``flat`` are in the model.
+
+        Derivatives belong inside ``use``: a checkpointed model runs forward again in its backward pass.
+        """
+
+        def bound(model: nn.Module, data: Any) -> T:
+            loss, weight = self._rule.loss_fn(model, data)
+            loss = loss.to(torch.float64)
+            return use(loss, torch.as_tensor(weight, dtype=torch.float64, device=loss.device).detach())
+
+        answer: T = self._call(bound, flat, batch)
+        return answer
 
     def _batches(self, *, counted: bool = True) -> Iterator[Batch]:
         """One pass over the batches that have weight; those of which every target is ignored have no loss either."""
@@ -340,9 +352,17 @@ class Objective:
         """The batch's part of the mean loss."""
         return loss * (weight / self._weight)
 
-    def _gradient(self, share: Tensor, leaf: Tensor, batch: Batch, *, create_graph: bool = False) -> Tensor:
+    def _batch_gradient(self, leaf: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        def use(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return loss.detach(), weight, self._gradient(loss, weight, leaf, batch)
+
+        return self._with_loss(leaf, batch, use)
+
+    def _gradient(self, loss: Tensor, weight: Tensor, leaf: Tensor, batch: Batch, *, create_graph: bool = False) -> Tensor:
+        """Of the batch's part of the mean loss."""
         gradient: Tensor | None = None
-        if share.requires_grad:
+        if loss.requires_grad:
+            share = self._share(loss, weight)
             (gradient,) = torch.autograd.grad(share, leaf, create_graph=create_graph, allow_unused=True)
         if gradient is None:
             raise ValueError(
@@ -398,8 +418,7 @@ class Objective:
                 causes.append((name, error))
                 continue
             if not found.any():  # a linear loss, or one that is cut off from the weights
-                leaf = point.clone().requires_grad_()
-                self._gradient(self._share(*self._batch_loss(leaf, batch)), leaf, batch)
+                self._batch_gradient(point.clone().requires_grad_(), batch)
             self._hvp_mode = name
             return found
         if all(type(error) is type(causes[0][1]) and str(error) == str(causes[0][1]) for _, error in causes):
@@ -412,30 +431,34 @@ class Objective:
 
     def _forward_over_reverse(self, point: Tensor, rows: Tensor, batch: Batch) -> Tensor:
         def share(flat: Tensor) -> Tensor:
-            return self._share(*self._batch_loss(flat, batch))
+            return self._with_loss(flat, batch, self._share)
 
         gradient = torch.func.grad(share)
         return torch.stack([torch.func.jvp(gradient, (point,), (row,))[1] for row in rows]).detach()
 
     def _double_backward(self, point: Tensor, rows: Tensor, batch: Batch) -> Tensor:
         leaf = point.detach().clone().requires_grad_()
-        gradient = self._gradient(self._share(*self._batch_loss(leaf, batch)), leaf, batch, create_graph=True)
-        if not gradient.requires_grad:  # the loss is linear in the parameters
-            return torch.zeros_like(rows)
-        products = [
-            torch.autograd.grad(
-                gradient, leaf, row, retain_graph=i + 1 < len(rows), allow_unused=True, materialize_grads=True
-            )[0]
-            for i, row in enumerate(rows)
-        ]
-        return torch.stack(products)
+
+        def products(loss: Tensor, weight: Tensor) -> Tensor:
+            gradient = self._gradient(loss, weight, leaf, batch, create_graph=True)
+            if not gradient.requires_grad:  # the loss is linear in the parameters
+                return torch.zeros_like(rows)
+            found = [
+                torch.autograd.grad(
+                    gradient, leaf, row, retain_graph=i + 1 < len(rows), allow_unused=True, materialize_grads=True
+                )[0]
+                for i, row in enumerate(rows)
+            ]
+            return torch.stack(found)
+
+        return self._with_loss(leaf, batch, products)
 
     def _scores(self, leaf: Tensor, batch: Batch) -> Tensor | None:
         """The model's output on the batch as rows of scores, shape ``(positions, outputs)``."""
         seen: list[Any] = []
         handle = self.module.register_forward_hook(lambda module, args, output: seen.append(output))
         try:
-            self._batch_loss(leaf, batch)
+            self._with_loss(leaf, batch, lambda loss, weight: loss)
         finally:
             handle.remove()
         try:
@@ -490,7 +513,8 @@ class Objective:
         self._metric_began, self._metric_passes = time.perf_counter(), self._counts["passes"]
 
     def _tick(self) -> None:
-        self._counts["passes"] += 1.0 / self.num_batches
+        self._sweeps += 1
+        self._counts["passes"] = self._sweeps / self.num_batches + self._partial_passes
         if self._listener is not None and self._metric:
             passes, seconds = self._counts["passes"] - self._metric_passes, time.perf_counter() - self._metric_began
             self._listener(ProgressEvent(self._metric, passes, self._expected_passes, seconds))

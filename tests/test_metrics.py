@@ -280,6 +280,19 @@ def test_eigenvalues_of_part_of_the_parameters():
     assert result.details["eigenvalues"] == pytest.approx(exact, rel=1e-9)
 
 
+def test_multiple_eigenvalues_of_a_small_model_are_all_found():
+    """A linear model under squared error: H = (2/N) I ⊗ XᵀX, every eigenvalue as often as there are outputs."""
+    torch.manual_seed(0)
+    x = torch.randn(12, 5, dtype=F64)
+    objective = Objective(
+        nn.Linear(5, 3, bias=False).double(), [(x[:7], x[:7, :3]), (x[7:], x[7:, :3])], criterion=nn.MSELoss()
+    )
+    exact = torch.linalg.eigvalsh(2 / 36 * x.T @ x).flip(0).repeat_interleave(3)  # the mean is over samples and outputs
+    result = HessianTopK(k=7)(objective, rng())
+    assert result.details["eigenvalues"] == pytest.approx(exact[:7].tolist(), rel=1e-9)
+    assert "on the whole space" in result.status.message
+
+
 def test_a_budget_that_runs_out_is_said():
     problem = oracles.small_classifier()
     result = HessianTopK(k=5, num_matvecs=6, tolerance=1e-6)(Objective(problem.model, problem.loader()), rng())

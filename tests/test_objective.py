@@ -619,3 +619,50 @@ def test_two_threads_measure_two_models_one_after_the_other():
     assert len(found) == 60
     assert all(torch.equal(product, expected) for product in found)
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_models_have_the_derivatives_of_plain_ones(use_reentrant):
+    """A checkpointed layer runs again in the backward pass, and must find the perturbed weights there."""
+
+    class Net(nn.Module):
+        def __init__(self, checkpointed: bool) -> None:
+            super().__init__()
+            self.a, self.b, self.checkpointed = nn.Linear(4, 8), nn.Linear(8, 3), checkpointed
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            def layer(z: torch.Tensor) -> torch.Tensor:
+                return torch.tanh(self.a(z))
+
+            if self.checkpointed:
+                x = x.clone().requires_grad_()
+                return self.b(torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant))
+            return self.b(layer(x))
+
+    problem = oracles.small_classifier()
+    plain, checkpointed = Net(False).double(), Net(True).double()
+    checkpointed.load_state_dict(plain.state_dict())
+    one, other = Objective(plain, problem.loader(9, 11)), Objective(checkpointed, problem.loader(9, 11))
+    e, v = 0.3 * direction(one.dim, 0, one.origin), direction(one.dim, 1, one.origin)
+    assert other.value(e) == pytest.approx(one.value(e), rel=1e-13)
+    torch.testing.assert_close(other.value_and_grad(e)[1], one.value_and_grad(e)[1], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(other.hvp(v, e), one.hvp(v, e), rtol=1e-10, atol=1e-12)
+    for (k, found), (same_k, expected) in zip(other.output_gradients(), one.output_gradients(), strict=True):
+        assert k == same_k
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("setting", ["padding_idx", "scale_grad_by_freq"])
+def test_embeddings_that_alter_their_gradient_have_the_derivatives_of_the_loss(setting):
+    torch.manual_seed(0)
+    embedding = nn.Embedding(6, 4, **{setting: 0 if setting == "padding_idx" else True})
+    with torch.no_grad():
+        embedding.weight.normal_()
+    model = nn.Sequential(embedding, nn.Flatten(), nn.Tanh(), nn.Linear(12, 2)).double()
+    objective = Objective(model, [(torch.randint(0, 3, (7, 3)), torch.arange(7) % 2)])
+    u, v = direction(objective.dim, 0, objective.origin), direction(objective.dim, 1, objective.origin)
+    step = 1e-6
+    slope = (objective.value(step * u) - objective.value(-step * u)) / (2 * step)
+    assert (objective.value_and_grad()[1] @ u).item() == pytest.approx(slope, rel=1e-7)
+    assert (u @ objective.hvp(v)).item() == pytest.approx((v @ objective.hvp(u)).item(), rel=1e-10)
+    assert getattr(embedding, setting) in (0, True)
