@@ -61,8 +61,9 @@ def _enter(stack: contextlib.ExitStack, tree: list[nn.Module], device: torch.dev
         # set directly: some modules do work in train() and eval(), such as merging adapters
         m.training = batch_statistics and isinstance(m, _BatchNorm)
         if isinstance(m, (nn.Embedding, nn.EmbeddingBag)):
-            # dense gradients, and all of them: a padding row is a weight like others to the loss
-            m.sparse, m.padding_idx, m.scale_grad_by_freq = False, None, False
+            m.sparse = m.scale_grad_by_freq = False
+        if isinstance(m, nn.Embedding):
+            m.padding_idx = None  # a padding row is a weight like others to the loss (a bag leaves it out of its sum)
     # inference kernels of attention: without gradients they would take another path than with them
     torch.backends.mha.set_fastpath_enabled(False)
     if device.type == "cuda":

@@ -652,6 +652,15 @@ def test_checkpointed_models_have_the_derivatives_of_plain_ones(use_reentrant):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
+def test_a_bag_leaves_its_padding_out():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.EmbeddingBag(6, 4, padding_idx=0), nn.Linear(4, 2))
+    x, y = torch.randint(0, 3, (7, 3)), torch.arange(7) % 2
+    expected = nn.functional.cross_entropy(model(x), y).item()
+    assert Objective(model, [(x, y)]).loss == pytest.approx(expected, rel=1e-6)
+    assert model[0].padding_idx == 0
+
+
 @pytest.mark.parametrize("setting", ["padding_idx", "scale_grad_by_freq"])
 def test_embeddings_that_alter_their_gradient_have_the_derivatives_of_the_loss(setting):
     torch.manual_seed(0)
