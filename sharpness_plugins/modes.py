@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -82,6 +83,9 @@ def second_derivatives(module: nn.Module) -> Iterator[None]:
     asymmetric Hessian, off by a sixth).
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # torch's forward mode scripts some formulas when it is first used, and its own script warns
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
             stack.enter_context(_replaced(torch.backends.mkldnn, "enabled", False))

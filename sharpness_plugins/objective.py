@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -410,10 +409,7 @@ class Objective:
         causes: list[tuple[str, Exception]] = []
         for name, product in products.items():
             try:
-                with warnings.catch_warnings():
-                    # torch's forward mode scripts some formulas when it is first used, and its own script warns
-                    warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
-                    found = product(point, rows, batch)
+                found = product(point, rows, batch)
             except Exception as error:
                 causes.append((name, error))
                 continue
