@@ -61,14 +61,10 @@ def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int
     k0, k1 = key & _MASK, key >> 32 & _MASK
     for _ in range(10):
         # the products wrap modulo 2^64 as int64, and the mask undoes the sign of the shift
-        p0, p1 = _wrap(0xD2511F53, c0), _wrap(0xCD9E8D57, c2)
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = k0 + 0x9E3779B9 & _MASK, k1 + 0xBB67AE85 & _MASK
     return c0, c1, c2, c3
-
-
-def _wrap(multiplier: int, word: Tensor | int) -> Tensor | int:
-    return word * multiplier
 
 
 def seed_global(seed: int, device: torch.device | None = None) -> None:
