@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import clock, peak_bytes, repeat
 from benchmarks.problems import MODELS, Problem, problem
@@ -21,6 +22,13 @@ def objective_of(problem: Problem) -> Objective:
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
+
+
+def work_of(call: Callable[[], object]) -> int:
+    """Floating point operations of matrix products and convolutions: the same on every machine."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
 
 
 def record(benchmark: Any, shared: Problem, objective: Objective, work: Callable[[], object]) -> None:
@@ -76,3 +84,4 @@ def test_hvp(benchmark: Any, model: str) -> None:
     with objective.session():
         repeat(benchmark, product, shared, rounds=ROUNDS)
         record(benchmark, shared, objective, product)
+        benchmark.extra_info["work_in_gradients"] = work_of(product) / work_of(objective.value_and_grad)

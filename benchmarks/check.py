@@ -32,6 +32,16 @@ RATIO_SLACK = 0.75  # repeated runs on a shared machine differ by up to 30 %; th
 MEMORY_SLACK = 0.10
 VALUE_TOLERANCE = 0.02  # both ways: a value that moved means another answer, not another cost
 
+_COUNTS = {
+    "gradients": "gradients",
+    "values": "values",
+    "hvps": "HVPs",
+    "passes": "passes",
+    "bytes_per_parameter": "bytes per parameter",
+    "launches": "launches",
+}
+_RATIOS = {"reference_gradients": "reference gradients", "dense_products": "dense products"}
+
 BETTER, OK, WORSE, MISSING, NEW = "better", "ok", "WORSE", "MISSING", "NEW"
 
 
@@ -159,14 +169,11 @@ def columns(found: Mapping[str, Mapping[str, Any]]) -> str:
     groups: dict[str, list[list[str]]] = {}
     for fullname, info in found.items():
         file, name = fullname.split("::")
-        counts = info["counts"]
+        counts, ratios = info["counts"], info["ratios"]
         cells = {
             "": name.removeprefix("test_"),
-            "gradients": f"{counts['gradients']:.3g}",
-            "values": f"{counts['values']:.3g}",
-            "HVPs": f"{counts.get('hvps', 0):.3g}",
-            "passes": f"{counts['passes']:.3g}",
-            "reference gradients": f"{info['ratios']['reference_gradients']:.3g}" if info["ratios"] else "",
+            **{label: f"{counts[key]:.3g}" if key in counts else "" for key, label in _COUNTS.items()},
+            **{label: f"{ratios[key]:.3g}" if key in ratios else "" for key, label in _RATIOS.items()},
             "overhead": f"{info['overhead']:.2f}" if "overhead" in info else "",
             "peak MB": f"{info['peak_bytes'] / 1e6:.3g}" if "peak_bytes" in info else "",
             "value": f"{info['value']:.4g}" if "value" in info else "",

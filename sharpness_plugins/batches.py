@@ -19,7 +19,7 @@ from . import sampling
 from .errors import LoaderError, MeasurementWarning
 from .memory import free_bytes
 
-__all__ = ["LABEL_KEYS", "Batch", "BatchSource", "count_samples", "head", "map_tensors", "tensors_of"]
+__all__ = ["LABEL_KEYS", "Batch", "BatchSource", "count_samples", "head", "map_tensors", "tensors_of", "thinned"]
 
 LABEL_KEYS = ("labels", "label", "label_ids")
 
@@ -117,15 +117,29 @@ def _moves_itself(leaf: Any) -> bool:
 
 def head(batch: Any, count: int, of: int) -> Any:
     """The first ``count`` of the ``of`` samples: in every tensor, and in lists of strings and the like beside them."""
+    return _rows(batch, slice(count), of)
+
+
+def thinned(batch: Batch, count: int) -> Batch:
+    """About ``count`` of the samples, at least one, evenly spaced; all of them if there are no more, or none can be told."""
+    if batch.num_samples is None or batch.num_samples <= count:
+        return batch
+    every = -(-batch.num_samples // max(count, 1))
+    return batch._replace(
+        data=_rows(batch.data, slice(None, None, every), batch.num_samples), num_samples=-(-batch.num_samples // every)
+    )
+
+
+def _rows(batch: Any, rows: slice, of: int) -> Any:
     if isinstance(batch, (list, tuple)) and len(batch) == of and not _all_tensors(batch):
-        return batch[:count]
+        return batch[rows]
     if isinstance(batch, Tensor):
-        return batch[:count] if batch.ndim and batch.shape[0] == of else batch
+        return batch[rows] if batch.ndim and batch.shape[0] == of else batch
     if type(batch) in (list, tuple):
-        return type(batch)(head(entry, count, of) for entry in batch)
+        return type(batch)(_rows(entry, rows, of) for entry in batch)
     if type(batch) is dict:
-        return {key: head(entry, count, of) for key, entry in batch.items()}
-    return map_tensors(batch, lambda tensor: tensor[:count] if tensor.ndim and tensor.shape[0] == of else tensor)
+        return {key: _rows(entry, rows, of) for key, entry in batch.items()}
+    return map_tensors(batch, lambda tensor: tensor[rows] if tensor.ndim and tensor.shape[0] == of else tensor)
 
 
 def _num_bytes(batch: Any) -> int:
@@ -290,6 +304,24 @@ class BatchSource:
                 f"the loader changes between passes even with the same seed ({difference}), so the loss is not one fixed "
                 "function and the numbers are unreliable. Pass a list of batches, or raise cache_bytes."
             )
+
+    def some(self, max_samples: int) -> list[Batch]:
+        """About ``max_samples`` samples from all over the data: evenly spaced batches, thinned if they are larger.
+
+        Of batches that are not cached, the first ones: to look further would read all of them.
+        """
+        if self._cache is None:
+            found: list[Batch] = []
+            for batch in self._read(self._seed):
+                left = max_samples - sum(b.num_samples or 1 for b in found)
+                found.append(thinned(batch, max(left, 2)))  # BatchNorm has no variance of one sample
+                if sum(b.num_samples or 1 for b in found) >= max_samples:
+                    break
+            return found
+        size = max(1, -(-self.num_samples // self.num_batches))
+        count = min(self.num_batches, -(-max_samples // size))
+        chosen = [self._cache[(2 * i + 1) * self.num_batches // (2 * count)] for i in range(count)]
+        return [thinned(batch, max(-(-max_samples // count), 2)) for batch in chosen]
 
     def _read(self, seed: int) -> Iterator[Batch]:
         sampling.seed_global(seed)

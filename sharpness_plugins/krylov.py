@@ -1,196 +1,182 @@
-"""Lanczos with full re-orthogonalization: Ritz pairs of a symmetric operator, with residuals that can be trusted."""
+"""What to ask of a Krylov space of a symmetric operator, and what it tells: eigenvalues with error bars, and their like."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
 
-from . import reductions, sampling
-from .memory import free_bytes
+from .basis import STORAGES, Basis
 
-__all__ = ["MatVec", "RitzPairs", "top_ritz_pairs"]
+__all__ = ["HALF_ROUNDING", "WHICH", "Ending", "LanczosRequest", "LanczosResult"]
 
-MatVec = Callable[[Tensor], Tensor]
+WHICH = ("LA", "SA", "LM", "BE")
+HALF_ROUNDING = 2.0**-11  # of an entry in half precision
 
-WHICH = ("LA", "LM")
-_COLUMNS = 2**16
-_ASYMMETRY = 1e-2  # of the largest |value|; float32 products of deep networks are within 1e-5
-_GUARD_TOLERANCE = 1e-2  # enough to know that nothing larger is still hidden
-_ROUNDING = 100  # times the rounding unit times the largest |value|: residuals below that are rounding of the products
+
+class Ending(str, Enum):
+    """Why a run ended. The text is what the user reads."""
+
+    CONVERGED = "every residual is within the tolerance"
+    ROUNDING = "every residual is within the tolerance or at the rounding of the products"
+    WHOLE_SPACE = "the basis spans the whole space"
+    BUDGET = "the budget of products ran out"
+    UNSEARCHED = "the budget of products ran out in the search for hidden copies"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 @dataclass(frozen=True)
-class RitzPairs:
-    """Approximate eigenpairs of a symmetric operator.
-
-    Attributes:
-        values: shape ``(k,)``, float64, descending (by magnitude for "LM").
-        residuals: shape ``(k,)``: some eigenvalue lies within ``residuals[i]`` of ``values[i]``.
-        vectors: shape ``(k, dim)`` in the dtype of the operator, or None.
-        num_matvecs: products used.
-        converged: whether every residual, the guard pair's too, met the tolerance.
-    """
-
-    values: Tensor
-    residuals: Tensor
-    vectors: Tensor | None
-    num_matvecs: int
-    converged: bool
-
-
-def top_ritz_pairs(
-    matvec: MatVec,
-    start: Tensor,
-    k: int,
-    *,
-    num_matvecs: int,
-    tolerance: float = 1e-2,
-    which: str = "LA",
-    guard: int = 1,
-    max_basis: int | None = None,
-    generator: torch.Generator | None = None,
-    return_vectors: bool = False,
-) -> RitzPairs:
-    """The ``k`` largest Ritz values of a symmetric operator, by thick-restart Lanczos with full re-orthogonalization.
-
-    Stops as soon as ``k`` pairs have ``residual <= tolerance * |value|`` (the error of a value is then of the order of
-    residual² over the gap) or residuals at the rounding of the products, and ``guard`` more pairs theirs within 1 % (or
-    ``tolerance``, where that is larger); or when ``num_matvecs`` products are
-    used or the space is exhausted. A guard pair keeps a slowly appearing eigenvalue from being missed: measured, 5 % of
-    runs without and none of 60 with one; inside a cluster narrower than the tolerance, one can still stand for its
-    neighbour. When the Krylov space is invariant before enough pairs are found, it goes on from a new random vector,
-    orthogonal to it.
-
-    Calls ``matvec`` at most ``num_matvecs`` times (one pass over the data each, for a Hessian). Stores ``max_basis``
-    vectors, allocated once (1.8 GB for ResNet-18 in float32 with 40); when they are used, the best Ritz vectors stay and
-    the others make room. Its own work is two products with that basis a step, twice.
+class LanczosRequest:
+    """Which eigenvalues, how well, and with how much work and memory; the same request can serve several metrics.
 
     Args:
-        matvec: ``v -> A v``, shape ``(dim,)`` to ``(dim,)``, ``A`` symmetric.
-        start: shape ``(dim,)``, not zero. Its dtype and device are those of the arithmetic.
-        which: "LA" for the largest eigenvalues, "LM" for those of largest magnitude.
-        max_basis: vectors to store, at least ``k + guard + 2``; None for ``4 k + 20``, or as many as half of the free memory
-            holds.
-        generator: of the new random vectors; needed where the space can be exhausted.
-        return_vectors: whether to form the Ritz vectors.
-    Raises:
-        ValueError: ``k`` is not between 1 and ``dim`` or exceeds ``num_matvecs``; ``start`` is zero or not finite.
-        MemoryError: not even the smallest basis fits; says how many bytes it takes.
-        ArithmeticError: a product is not finite, or the operator is not symmetric.
-    Source: Wu and Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems (2000); Paige (1976) on why
-        to re-orthogonalize.
+        k: number of eigenvalues.
+        which: "LA" the algebraically largest, "SA" the smallest, "LM" those of largest magnitude, "BE" half from each end
+            (of an odd number, one more of the largest).
+        tolerance: a pair has converged when ``residual <= tolerance * |value|``; the error of its value is then of the order
+            of residual² over the gap.
+        num_matvecs: budget of products.
+        guard: further pairs at each wanted end that must have settled, too: to ``tolerance``, to 1 %, or to 3 % of their
+            distance to the wanted ones. They keep a slowly appearing eigenvalue from being missed. Measured on three
+            networks of 316 parameters, top 5 from 200 starts each: 12 misses without, one with a guard pair.
+        check_multiplicity: after convergence, search the complement of the found vectors from a new random one, until it
+            holds no eigenvalue that belongs to the wanted ones. One starting vector sees one copy of a multiple
+            eigenvalue, and one of a cluster narrower than the tolerance. About two thirds more products on networks, up to
+            1.5 times more before a flat bulk, and as many again for every hidden one. Measured: no miss on the three
+            networks, nor on eight difficult spectra, from 200 starts each.
+        max_basis: vectors to store, at least ``k + 2`` plus the guards; None for ``2 k + 4`` (``k + 5`` is enough for
+            nearly as few products).
+        basis_bytes: as many vectors as fit in these bytes, at most ``max_basis``; None for half of the free memory.
+        storage: "full", "half" or "host"; see ``basis.Basis``.
+        keep_basis: keep the vectors in the result, for ``vectors``, ``combine`` and ``remove``.
     """
-    dim = start.numel()
-    if not 1 <= k <= dim:
-        raise ValueError(f"k must be between 1 and the number of parameters, {dim}, got {k}")
-    if k > num_matvecs:
-        raise ValueError(f"k = {k} Ritz pairs need at least as many products, got num_matvecs = {num_matvecs}")
-    if which not in WHICH:
-        raise ValueError(f"which must be one of {WHICH}, got {which!r}")
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}")
-    length = reductions.norm(start).item()
-    if not 0 < length < math.inf:
-        raise ValueError(f"the start vector must be finite and not zero, its norm is {length}")
 
-    wanted = min(k + guard, dim)
-    size = _basis_size(start, wanted, max_basis if max_basis is not None else 4 * k + 20, num_matvecs)
-    generator = generator or torch.Generator().manual_seed(0)
-    basis = start.new_empty((size, dim))
-    basis[0] = start / length
-    projected = torch.zeros((size, size), dtype=torch.float64)  # basis A basisᵀ
-    last = 0
-    for used in range(1, num_matvecs + 1):
-        w = matvec(basis[last].clone())
-        alpha = reductions.dot(basis[last], w).item()
-        if not math.isfinite(alpha):
-            raise ArithmeticError(f"product {used} with the operator is not finite; look for infinite second derivatives")
-        measured = (basis[:last] @ w).double().cpu()  # what symmetry says about w already
-        asymmetry = (measured - projected[last, :last]).abs().max().item() if last else 0.0
-        projected[last, last] = alpha
-        filled = last + 1
-        w = _orthogonalized(w, basis[:filled])
-        beta = reductions.norm(w).item()
-        theta, s = torch.linalg.eigh(projected[:filled, :filled])
-        order = torch.argsort(theta.abs() if which == "LM" else theta, descending=True)
-        theta, s = theta[order], s[:, order]
-        scale = theta.abs().max().item()
-        if asymmetry > _ASYMMETRY * scale:
-            raise ArithmeticError(
-                f"the operator is not symmetric (uᵀAv and vᵀAu differ by {asymmetry:.2g}, its largest Ritz value is "
-                f"{scale:.2g}), so it has no such eigenvalues: an operation of the model has a wrong second derivative, or "
-                "its products are not repeatable"
+    k: int = 5
+    which: str = "LA"
+    tolerance: float = 1e-2
+    num_matvecs: int = 200
+    guard: int = 1
+    check_multiplicity: bool = False
+    max_basis: int | None = None
+    basis_bytes: int | None = None
+    storage: str = "full"
+    keep_basis: bool = False
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+        if self.k > self.num_matvecs:
+            raise ValueError(
+                f"k = {self.k} eigenvalues need at least as many products, got num_matvecs = {self.num_matvecs}"
             )
-        rounding = torch.finfo(start.dtype).eps * scale
-        if filled == dim or beta <= 10 * rounding * filled**0.5:
-            beta = 0.0  # the space is invariant
-        residuals = beta * s[-1].abs()
-        limits = torch.clamp(tolerance * theta.abs(), min=_ROUNDING * rounding)
-        limits[k:] = torch.maximum(limits[k:], _GUARD_TOLERANCE * theta[k:].abs())
-        converged = filled >= wanted and bool((residuals[:wanted] <= limits[:wanted]).all())
-        if converged or used == num_matvecs or filled == dim:
-            break
-        following = w / beta if beta else _fresh_direction(basis[:filled], generator)
-        if filled == size:
-            filled = _keep_best(basis, s, wanted)
-            projected.zero_()
-            projected.diagonal()[:filled] = theta[:filled]
-            couplings = beta * s[-1, :filled]
-        else:
-            couplings = torch.zeros(filled, dtype=torch.float64)
-            couplings[-1] = beta
-        projected[filled, :filled] = projected[:filled, filled] = couplings
-        basis[filled] = following
-        last = filled
-    vectors = (s[:, :k].T.to(basis) @ basis[: len(s)]) if return_vectors else None
-    return RitzPairs(theta[:k], residuals[:k], vectors, used, converged)
+        if self.which not in WHICH:
+            raise ValueError(f"which must be one of {WHICH}, got {self.which!r}")
+        if not 0 < self.tolerance < math.inf:
+            raise ValueError(f"tolerance must be positive and finite, got {self.tolerance}")
+        if self.guard < 0:
+            raise ValueError(f"guard must be at least 0, got {self.guard}")
+        if self.storage not in STORAGES:
+            raise ValueError(f"storage must be one of {STORAGES}, got {self.storage!r}")
+        if self.storage == "half" and self.tolerance < 2 * HALF_ROUNDING:
+            raise ValueError(
+                f"a basis in half precision holds residuals down to {2 * HALF_ROUNDING:.1g} of a value, got tolerance = "
+                f"{self.tolerance:g}. Use storage='full', or 'host'."
+            )
+        if self.max_basis is not None and self.max_basis < self.wanted + 2:
+            raise ValueError(
+                f"{self.wanted} Ritz pairs (k = {self.k} and the guards) need a basis of {self.wanted + 2} vectors or more, "
+                f"got max_basis = {self.max_basis}"
+            )
+
+    @property
+    def ends(self) -> list[tuple[str, int]]:
+        """The wanted ends of the spectrum, and how many of the ``k`` belong to each."""
+        if self.which == "BE":
+            high, low = self.k - self.k // 2, self.k // 2
+            return [("LA", high), ("SA", low)] if low else [("LA", high)]
+        return [(self.which, self.k)]
+
+    @property
+    def wanted(self) -> int:
+        return self.k + self.guard * len(self.ends)
 
 
-def _basis_size(start: Tensor, wanted: int, most: int, num_matvecs: int) -> int:
-    """Vectors to allocate: as many as are of use, or as fit."""
-    dim, per_vector = start.numel(), start.numel() * start.element_size()
-    smallest = min(wanted + 2, dim, num_matvecs)
-    size = min(max(most, smallest), dim, num_matvecs)
-    free = free_bytes(start.device)
-    if free is None or size * per_vector <= free // 2:  # the products need memory, too
-        return size
-    if smallest * per_vector > free:
-        raise MemoryError(
-            f"a Krylov basis of {smallest} vectors, the fewest for {wanted} Ritz pairs, takes "
-            f"{smallest * per_vector / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free. "
-            "Ask for fewer eigenvalues, or for fewer parameters (select=...)."
-        )
-    return max(free // (2 * per_vector), smallest)
+@dataclass(frozen=True)
+class LanczosResult:
+    """Approximate eigenpairs of a symmetric operator, and what else one Krylov space tells.
 
+    Attributes:
+        values: the wanted Ritz values, shape ``(k,)``, float64 on the CPU like all others here: descending; ascending for
+            "SA"; by magnitude for "LM".
+        residuals: shape ``(k,)``: some eigenvalue lies within ``residuals[i]`` of ``values[i]``, and the rounding of the
+            products.
+        bounds: shape ``(k,)``, ``min(r, r²/gap)`` and at least the rounding of the products: the error of ``values[i]``,
+            where no eigenvalue is hidden in the gap to the next Ritz value.
+        ending: why it ended; ``converged``: whether every residual, the guards' too, is small enough.
+        num_matvecs: products used; ``num_hidden``: eigenvalues that only the search of ``check_multiplicity`` found.
+        ritz_values, ritz_residuals: all of the last basis, descending; ``projected`` is the operator in that basis,
+            ``basis · A · basisᵀ``, and its trace the operator's on the space.
+        alphas, betas: diagonal and off-diagonal of the tridiagonal matrix of the starting vector, up to the first restart.
+        basis_size: vectors that were allocated.
+    """
 
-def _keep_best(basis: Tensor, s: Tensor, wanted: int) -> int:
-    """Overwrite the first rows of ``basis`` with its best Ritz vectors, and return how many: half of those to spare stay."""
-    size = len(basis)
-    kept = min(wanted + (size - wanted) // 2, size - 1)
-    rotation = s[:, :kept].T.to(basis)
-    for columns in torch.split(basis, _COLUMNS, dim=1):  # in place, by parts that fit in cache
-        columns[:kept] = rotation @ columns
-    return kept
+    request: LanczosRequest
+    values: Tensor
+    residuals: Tensor
+    bounds: Tensor
+    ending: Ending
+    num_matvecs: int
+    num_hidden: int
+    ritz_values: Tensor
+    ritz_residuals: Tensor
+    projected: Tensor
+    alphas: Tensor
+    betas: Tensor
+    basis_size: int
+    _chosen: Tensor
+    _coordinates: Tensor
+    _basis: Basis | None
 
+    @property
+    def converged(self) -> bool:
+        return self.ending not in (Ending.BUDGET, Ending.UNSEARCHED)
 
-def _orthogonalized(w: Tensor, basis: Tensor) -> Tensor:
-    """Classical Gram-Schmidt, twice: as accurate as the modified one, and two matrix products instead of a loop."""
-    for _ in range(2):
-        w = w - basis.T @ (basis @ w)
-    return w
+    @property
+    def vectors(self) -> Tensor:
+        """Ritz vectors of ``values``, shape ``(k, dim)``, orthonormal. Needs ``keep_basis``."""
+        return self.combine(self._coordinates[:, self._chosen].T)
 
+    @property
+    def num_kept(self) -> int:
+        """Vectors in the last basis: the rank of what ``remove`` takes away."""
+        return len(self.projected)
 
-def _fresh_direction(basis: Tensor, generator: torch.Generator) -> Tensor:
-    """A random unit vector orthogonal to the rows of ``basis``, which are fewer than its columns."""
-    while True:
-        w = sampling.normal(basis.shape[1], generator, basis)
-        length = reductions.norm(w)
-        w = _orthogonalized(w, basis)
-        left = reductions.norm(w)
-        if left > 1e-3 * length:  # else what is left is mostly rounding; draw again
-            w = _orthogonalized(w / left.to(w.dtype), basis)
-            return w / reductions.norm(w).to(w.dtype)
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """``coefficients @ basis``, shape ``(p, num_kept)`` to ``(p, dim)``. Needs ``keep_basis``."""
+        return self._kept().combine(coefficients)
+
+    def remove(self, vector: Tensor) -> Tensor:
+        """``vector`` without its part in the last basis, which is deflation. Needs ``keep_basis``."""
+        basis, nothing = self._kept(), torch.zeros(self.num_kept, dtype=torch.float64, device=vector.device)
+        for _ in range(2):
+            vector, _, _ = basis.orthogonalize(vector, self.num_kept, nothing, self.num_kept)
+        return vector
+
+    def quadrature(self) -> tuple[Tensor, Tensor]:
+        """Nodes and weights, shapes ``(m,)``, of the spectral density as the starting vector sees it.
+
+        ``Σ weights · f(nodes)`` is ``vᵀ f(A) v / vᵀv`` for every polynomial ``f`` of degree below ``2 m``.
+        """
+        tridiagonal = torch.diag(self.alphas) + torch.diag(self.betas, 1) + torch.diag(self.betas, -1)
+        nodes, s = torch.linalg.eigh(tridiagonal)
+        return nodes, s[0].square()
+
+    def _kept(self) -> Basis:
+        if self._basis is None:
+            raise ValueError("the basis was not kept. Ask for it: LanczosRequest(..., keep_basis=True).")
+        return self._basis

@@ -18,6 +18,7 @@ from torch import nn
 
 from . import registry, sampling
 from .errors import PluginWarning
+from .krylov_pass import KrylovSharing
 from .losses import LossFn
 from .objective import Objective
 from .progress import ProgressEvent, ProgressListener, resolve_listener
@@ -96,10 +97,11 @@ def measure_sharpness(
         listener=listener,
     )
     results: dict[str, MetricResult] = {}
+    sharing = KrylovSharing(chosen, seed)
     try:
         with objective.session():
             for key, metric in chosen.items():
-                results[key] = _measure_one(key, metric, objective, seed)
+                results[key] = _measure_one(key, metric, objective, seed, sharing)
     finally:
         if listener is not None:
             listener(ProgressEvent(None, 0.0, None, 0.0))
@@ -109,13 +111,13 @@ def measure_sharpness(
     return report
 
 
-def _measure_one(key: str, metric: Metric, objective: Objective, seed: int) -> MetricResult:
+def _measure_one(key: str, metric: Metric, objective: Objective, seed: int, sharing: KrylovSharing) -> MetricResult:
     before = objective.cost
     rng = sampling.generator_for(seed, registry.metric_name(metric))
     try:
         expected = getattr(metric, "expected_passes", None)
         objective.announce(key, expected(objective) if expected is not None else None)
-        result = metric(objective, rng)
+        result = sharing.measure(key, objective) if sharing.peers(key) else metric(objective, rng)
         if not isinstance(result, MetricResult):
             raise TypeError(f"a metric must return a MetricResult, and this one returned a {type(result).__name__}")
         if not math.isfinite(result.value) and result.status.kind is not Kind.FAILED:

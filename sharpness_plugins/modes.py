@@ -77,10 +77,10 @@ def _enter(stack: contextlib.ExitStack, tree: list[nn.Module], device: torch.dev
 
 @contextlib.contextmanager
 def second_derivatives(module: nn.Module) -> Iterator[None]:
-    """Inside ``evaluation``: attention by matrix products, RNNs without oneDNN, weight norm by plain operations.
+    """Inside ``evaluation``: attention by matrix products, RNNs without oneDNN, weight norm and hardsigmoid by others.
 
-    Fused attention and oneDNN's RNNs lack second derivatives; ``torch._weight_norm`` has wrong ones (measured: an
-    asymmetric Hessian, off by a sixth).
+    Fused attention, oneDNN's RNNs and ``hardsigmoid`` lack second derivatives; ``torch._weight_norm`` has wrong ones
+    (measured: an asymmetric Hessian, off by a sixth).
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -91,6 +91,7 @@ def second_derivatives(module: nn.Module) -> Iterator[None]:
             stack.enter_context(_replaced(torch.backends.mkldnn, "enabled", False))
         stack.enter_context(_replaced(torch, "_weight_norm", _weight_norm))
         stack.enter_context(_replaced(_OLD_WEIGHT_NORM, "_weight_norm", _weight_norm))
+        stack.enter_context(_replaced(nn.functional, "hardsigmoid", _hardsigmoid))
         yield
 
 
@@ -193,3 +194,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """``g v / ‖v‖``, the norm over all axes but ``dim`` (over all for -1)."""
     axes = [axis for axis in range(v.ndim) if axis != dim]
     return v * (g / v.square().sum(dim=axes, keepdim=True).sqrt() if axes else g / v.abs())
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    return nn.functional.relu6(input + 3) / 6

@@ -10,14 +10,17 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from . import modes, sampling
-from .batches import Batch, BatchSource, head, map_tensors, tensors_of
-from .errors import NonFiniteLossError, SecondDerivativeError
-from .losses import LossFn, LossRule, OtherLossError, PluginRule, logits_of, resolve_loss, unwrap
+from .batches import Batch, BatchSource
+from .errors import NonFiniteLossError
+from .evaluation import Evaluator, joined
+from .hvp import HessianProducts
+from .losses import LossFn, LossRule, OtherLossError, PluginRule, resolve_loss, unwrap
+from .micro_batches import MicroBatches, Part
 from .progress import ProgressEvent, ProgressListener
 from .report import Cost
+from .sketch import Sketch
 from .space import ParameterSpace, Select
 
 __all__ = ["BATCH_NORM_POLICIES", "Objective"]
@@ -52,6 +55,9 @@ class Objective:
         seed: of shuffling and augmenting loaders.
         plugin_rule: asked for a loss after ``loss_fn`` and ``criterion``.
         listener: receives a ``ProgressEvent`` after every batch.
+        hvp: how Hessian-vector products are made, one of ``hvp.HVP_MODES``; "auto" for what a probe finds to be right and
+            cheapest, which is never "central differences".
+        graph_bytes: memory for first graphs that are kept between products; None for a third of what is free.
     Attributes:
         space: the selected parameters; ``origin``: their trained values, shape ``(dim,)``.
         loss: mean loss at the origin.
@@ -79,6 +85,8 @@ class Objective:
         seed: int = 0,
         plugin_rule: PluginRule | None = None,
         listener: ProgressListener | None = None,
+        hvp: str = "auto",
+        graph_bytes: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
@@ -110,7 +118,12 @@ class Objective:
         self._metric = ""
         self._expected_passes: float | None = None
         self._metric_began, self._metric_passes = self._began, 0.0
-        self._hvp_mode: str | None = None
+        self._evaluator = Evaluator(self.module, self.space, self._seed)
+        self._graph_bytes = graph_bytes
+        self._products = self._products_by(hvp)
+        self._all_products = {hvp: self._products}  # each probed once
+        # a gradient takes less memory than a product
+        self._gradient_parts, self._product_parts = (MicroBatches(self._whole_batches_only) for _ in range(2))
         self._own_notes = self._notes_on_model(wrappers)
         self._source = BatchSource(
             loader,
@@ -122,22 +135,18 @@ class Objective:
         )
         with self.session():
             self._source.load()
-            # the first pass looks at what the model does beside computing; later ones guard against it where it does
-            self._first_look, self._inputs_written, self._weights_written, self._draws = True, False, False, False
             self._value_needs_grad = False
-            self._rule = self._resolve_loss(loss_fn, criterion, plugin_rule)
-            # of the whole loader, and the batches that have none: the first pass tells them
-            self._weight = torch.tensor(0.0, dtype=torch.float64)
-            self._weightless: set[int] = set()
+            self._evaluator.rule = self._resolve_loss(loss_fn, criterion, plugin_rule)
+            self._weightless: set[int] = set()  # batches without weight: the first pass tells
             try:
-                self._look_elsewhere()
+                self._evaluator.look_elsewhere(next(iter(self._source)), self._seed)
                 self.loss = self._first_value()
             except OtherLossError:
                 if self._rule.fallback is None:
                     raise
-                self._rule = self._rule.fallback
+                self._evaluator.rule = self._rule.fallback
                 self.loss = self._first_value()
-            self._first_look = False
+            self._evaluator.looking = False
 
     # ------------------------------------------------------------------ what it is
 
@@ -154,18 +163,30 @@ class Objective:
         return self._source.num_batches
 
     @property
+    def _rule(self) -> LossRule:
+        assert self._evaluator.rule is not None  # from the constructor on
+        return self._evaluator.rule
+
+    @property
     def loss_rule(self) -> str:
         return self._rule.description
 
     @property
     def hvp_mode(self) -> str | None:
-        """How Hessian-vector products are made, once one was: "forward over reverse" or "double backward"."""
-        return self._hvp_mode
+        """How the last Hessian-vector product was made; None before the first. One of ``hvp.HVP_MODES``."""
+        return self._products.mode
+
+    @property
+    def hvp_check(self) -> str:
+        """What the probe of Hessian-vector products compared, and how well it agreed; empty before the first."""
+        return self._products.check
 
     @property
     def notes(self) -> list[str]:
         drawing = ["the model draws random numbers in eval mode; every evaluation repeats the same draws"]
-        return self._own_notes + drawing * self._draws + self._source.notes
+        sizes = [parts.size for parts in (self._gradient_parts, self._product_parts) if parts.size is not None]
+        split = [f"memory ran out, and batches were evaluated in parts of {min(sizes)} samples or fewer"] if sizes else []
+        return self._own_notes + drawing * self._evaluator.draws + split + self._source.notes
 
     @property
     def cost(self) -> Cost:
@@ -188,6 +209,7 @@ class Objective:
             "dtype": str(self.space.dtype).removeprefix("torch."),
             "device": str(self.device),
             "hvp_mode": self.hvp_mode,
+            "hvp_check": self.hvp_check,
             "notes": self.notes,
         }
 
@@ -213,14 +235,15 @@ class Objective:
         with self.session(), torch.set_grad_enabled(self._value_needs_grad):
             point = self._point(perturbation)
             for batch in self._batches():
-                loss, weight = self._with_loss(point, batch, lambda loss, weight: (loss, weight))
-                losses.append(loss.detach())
+                parts = self._gradient_parts.each(batch, lambda part: self._evaluator.value(point, part.batch))
+                loss, weight = joined(list(parts))
+                losses.append(loss)
                 weights.append(weight)
         self._counts["values"] += 1
-        if self._weight == 0:
-            self._weight = torch.stack(weights).sum()
+        if self._evaluator.total_weight == 0:
+            self._evaluator.total_weight = torch.stack(weights).sum()
             self._weightless = {i for i, weight in enumerate(weights) if weight == 0}
-            if not self._weight > 0:
+            if not self._evaluator.total_weight > 0:
                 raise ValueError("the loss has weight 0 over the whole loader: every target is ignored")
         return self._mean(losses, weights, at_origin=perturbation is None)
 
@@ -232,10 +255,12 @@ class Objective:
         with self.session():
             leaf = self._point(perturbation).requires_grad_()
             for batch in self._batches():
-                loss, weight, part = self._batch_gradient(leaf, batch)
-                gradient = part if gradient is None else gradient.add_(part)
-                losses.append(loss)
-                weights.append(weight)
+                for loss, weight, share in self._gradient_parts.each(
+                    batch, lambda part: self._evaluator.value_and_grad(leaf, part.batch)
+                ):
+                    gradient = share if gradient is None else gradient.add_(share)
+                    losses.append(loss)
+                    weights.append(weight)
         assert gradient is not None  # the source is never empty
         self._counts["gradients"] += 1
         return self._mean(losses, weights, at_origin=perturbation is None), gradient
@@ -243,59 +268,59 @@ class Objective:
     def hvp(self, vector: Tensor, perturbation: Tensor | None = None) -> Tensor:
         """Hessian at ``origin + perturbation`` times ``vector``, shape ``(dim,)``, or each row of ``(k, dim)``.
 
-        Exact: ``torch.func`` forward-over-reverse (about 3.2 gradients a product), or double backward where an operation
-        of the model has no forward mode (about 3.1, and one shared first pass for the k rows). Chosen at the first
-        product; ``hvp_mode`` names it. Attention runs on the MATH backend, which alone has second derivatives. One pass.
+        Exact, by the way that a probe chooses at the first product (``hvp.HessianProducts``); ``hvp_mode`` names it. Inside
+        a ``session`` the graphs of the gradients are kept between products at the same point, as many as fit in
+        ``graph_bytes``: 2.1 gradients a product and not 3.1. Attention runs on the MATH backend, which alone has second
+        derivatives. One pass.
 
         Raises:
-            SecondDerivativeError: neither mode works on this model.
+            SecondDerivativeError: no mode works on this model, or its second derivatives are wrong.
         """
         rows = vector if vector.ndim == 2 else vector[None]
-        with self.session(), modes.second_derivatives(self.module):
-            rows = torch.stack([self.space.check(row, "vector") for row in rows])
-            point = self._point(perturbation)
-            products = torch.zeros_like(rows)
-            for batch in self._batches():
-                products += self._batch_hvp(point, rows, batch)
+        keep = self._source.cached and self._depth > 0
+        try:
+            with self.session(), modes.second_derivatives(self.module):
+                rows = torch.stack([self.space.check(row, "vector") for row in rows])
+                self._products.move_to(self._point(perturbation))
+                products = torch.zeros_like(rows)
+                for batch in self._batches():
+                    for found in self._product_parts.each(
+                        batch, lambda part: self._products(rows, part, keep=keep), relief=self._products.relieve
+                    ):
+                        products += found
+        except BaseException:
+            self._products.release()
+            raise
         self._counts["hvps"] += len(rows)
+        self._count_probe()
         return products if vector.ndim == 2 else products[0]
 
-    def output_gradients(self, *, max_outputs: int = 10, max_samples: int = 512) -> Iterator[tuple[int, Tensor]]:
-        """``(k, gradient of the mean of output k)`` at the origin, for the classes or output coordinates of the model.
+    def sum_over_parts(self, work: Callable[[Evaluator, Part], Tensor]) -> Tensor:
+        """``work(evaluator, part)``, shape ``(dim,)`` each, summed over the parts of one pass; counts as one product.
 
-        Made from the first ``max_samples`` samples, one backward pass for each output. Above
-        ``max_outputs``, the outputs with the largest mean probability. Yields nothing where the model's output is not a
-        tensor of scores. The direction in which one class is inflated leads to a local maximum of its own.
+        Second derivatives work inside of it: it is for products with matrices other than the Hessian.
         """
-        sums: Tensor | None = None
-        probabilities: Tensor | None = None
-        taken = 0
+        answer = torch.zeros_like(self.origin)
+        with self.session(), modes.second_derivatives(self.module):
+            for batch in self._batches():
+                for found in self._product_parts.each(batch, lambda part: work(self._evaluator, part)):
+                    answer += found
+        self._counts["hvps"] += 1
+        return answer
+
+    def sketch(self, max_samples: int) -> Sketch:
+        """The model on about ``max_samples`` of the samples, from all over the data where it is cached.
+
+        Raises:
+            ValueError: ``max_samples`` is not positive.
+        """
+        if max_samples < 1:
+            raise ValueError(f"max_samples must be at least 1, got {max_samples}")
         with self.session():
-            leaf = self.origin.clone().requires_grad_()
-            for batch in self._batches(counted=False):
-                if batch.num_samples is not None and batch.num_samples > max_samples - taken:
-                    few = max_samples - taken
-                    batch = batch._replace(data=head(batch.data, few, of=batch.num_samples), num_samples=few)
-                scores = self._scores(leaf, batch)
-                if scores is None:
-                    return
-                sums = scores.sum(0) if sums is None else sums + scores.sum(0)
-                mass = scores.detach().softmax(1).sum(0)
-                probabilities = mass if probabilities is None else probabilities + mass
-                taken += batch.num_samples or 0
-                if taken >= max_samples:
-                    break
-        if sums is None or probabilities is None or not sums.requires_grad:
-            return
-        share = min(taken / self.num_samples, 1.0) if self.num_samples else 1.0
-        chosen = probabilities.topk(min(max_outputs, len(probabilities))).indices.sort().values.tolist()
-        for position, k in enumerate(chosen):
-            with self.session():
-                (gradient,) = torch.autograd.grad(sums[k], leaf, retain_graph=position + 1 < len(chosen))
-            self._counts["gradients"] += share
-            self._partial_passes += share
-            self._counts["passes"] += share
-            yield k, gradient
+            batches = self._source.some(max_samples)
+        taken = sum(batch.num_samples or 0 for batch in batches)
+        share = taken / self.num_samples if self.num_samples else len(batches) / self.num_batches
+        return Sketch(self._evaluator, batches, min(share, 1.0), session=self.session, spend=self._spend, seed=self._seed)
 
     @property
     def has_classes(self) -> bool:
@@ -309,75 +334,15 @@ class Objective:
             return self.origin.clone()
         return self.origin + self.space.check(perturbation, "perturbation").detach()
 
-    def _with_loss(self, flat: Tensor, batch: Batch, use: Callable[[Tensor, Tensor], T]) -> T:
-        """``use(loss, weight)`` of the batch, while the weights ``flat`` are in the model.
-
-        Derivatives belong inside ``use``: a checkpointed model runs forward again in its backward pass.
-        """
-
-        def bound(model: nn.Module, data: Any) -> T:
-            loss, weight = self._rule.loss_fn(model, data)
-            loss = loss.to(torch.float64)
-            return use(loss, torch.as_tensor(weight, dtype=torch.float64, device=loss.device).detach())
-
-        answer: T = self._call(bound, flat, batch)
-        return answer
-
     def _batches(self, *, counted: bool = True) -> Iterator[Batch]:
         """One pass over the batches that have weight; those of which every target is ignored have no loss either."""
         for position, batch in enumerate(self._source):
+            self._evaluator.sizes[batch.position] = batch.num_samples
             if position not in self._weightless:
-                # what a model draws, although in eval mode, it draws again at every evaluation
-                sampling.seed_global(self._seed + position, self.device)
+                self._evaluator.seed(batch.position)
                 yield batch
             if counted:
                 self._tick()
-
-    def _call(self, function: Callable[[nn.Module, Any], Any], flat: Tensor, batch: Batch) -> Any:
-        """``function(model, batch)`` with the weights ``flat``; containers of the batch are new each time."""
-        copy_inputs, copy_weights = self._first_look or self._inputs_written, self._first_look or self._weights_written
-        data = map_tensors(batch.data, torch.clone if copy_inputs else torch.detach)
-        weights = self.space.state(flat, copy_constants=copy_weights)
-        given, drawn = tensors_of(data), sampling.torch_state(self.device) if self._first_look else ()
-        state = {f"model.{name}": tensor for name, tensor in weights.items()}
-        answer = functional_call(_Bound(self.module, function), state, (data,))
-        if self._first_look:
-            self._inputs_written |= any(tensor._version > 0 for tensor in given)
-            self._weights_written |= any(weights[name]._version > 0 for name in self.space.constants)
-            self._draws |= drawn != sampling.torch_state(self.device)
-        return answer
-
-    def _share(self, loss: Tensor, weight: Tensor) -> Tensor:
-        """The batch's part of the mean loss."""
-        return loss * (weight / self._weight)
-
-    def _batch_gradient(self, leaf: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        def use(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return loss.detach(), weight, self._gradient(loss, weight, leaf, batch)
-
-        return self._with_loss(leaf, batch, use)
-
-    def _gradient(self, loss: Tensor, weight: Tensor, leaf: Tensor, batch: Batch, *, create_graph: bool = False) -> Tensor:
-        """Of the batch's part of the mean loss."""
-        gradient: Tensor | None = None
-        if loss.requires_grad:
-            share = self._share(loss, weight)
-            (gradient,) = torch.autograd.grad(share, leaf, create_graph=create_graph, allow_unused=True)
-        if gradient is None:
-            raise ValueError(
-                f"the loss of batch {batch.position} does not depend on the selected parameters: the model or the loss "
-                "detaches it (torch.no_grad, .detach(), .item()), or does not use them (a loss_fn must use the model that "
-                "it is given). Change that, or select others."
-            )
-        return gradient
-
-    def _look_elsewhere(self) -> None:
-        """A rule that was read off the loss at the origin must hold at other weights, too."""
-        if self._rule.fallback is None:
-            return
-        noise = sampling.normal(self.dim, sampling.generator_for(self._seed, "elsewhere"), self.origin)
-        with torch.no_grad():
-            self._call(self._rule.loss_fn, (self.origin.abs() + 0.1) * noise, next(iter(self._source)))
 
     def _first_value(self) -> float:
         try:
@@ -402,73 +367,19 @@ class Objective:
             )
         return mean
 
-    def _batch_hvp(self, point: Tensor, rows: Tensor, batch: Batch) -> Tensor:
-        products = {"forward over reverse": self._forward_over_reverse, "double backward": self._double_backward}
-        if self._hvp_mode is not None:
-            return products[self._hvp_mode](point, rows, batch)
-        causes: list[tuple[str, Exception]] = []
-        for name, product in products.items():
-            try:
-                found = product(point, rows, batch)
-            except Exception as error:
-                causes.append((name, error))
-                continue
-            if not found.any():  # a linear loss, or one that is cut off from the weights
-                self._batch_gradient(point.clone().requires_grad_(), batch)
-            self._hvp_mode = name
-            return found
-        if all(type(error) is type(causes[0][1]) and str(error) == str(causes[0][1]) for _, error in causes):
-            raise causes[0][1]  # nothing to do with differentiation: the model itself fails
-        said = "; ".join(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}" for name, error in causes)
-        raise SecondDerivativeError(
-            f"no exact mode gives a Hessian-vector product of {type(self.module).__name__} ({said}). Replace the operation "
-            "that has no second derivative, or measure first-order metrics only: metrics=['epsilon_box', 'random_subspace']."
-        ) from causes[-1][1]
+    def _count_probe(self) -> None:
+        """What the products were tried on counts as gradients."""
+        if self._products.spent and self.num_samples:
+            self._spend("gradients", self._products.spent / self.num_samples)
+            self._products.spent = 0.0
 
-    def _forward_over_reverse(self, point: Tensor, rows: Tensor, batch: Batch) -> Tensor:
-        def share(flat: Tensor) -> Tensor:
-            return self._with_loss(flat, batch, self._share)
-
-        gradient = torch.func.grad(share)
-        return torch.stack([torch.func.jvp(gradient, (point,), (row,))[1] for row in rows]).detach()
-
-    def _double_backward(self, point: Tensor, rows: Tensor, batch: Batch) -> Tensor:
-        leaf = point.detach().clone().requires_grad_()
-
-        def products(loss: Tensor, weight: Tensor) -> Tensor:
-            gradient = self._gradient(loss, weight, leaf, batch, create_graph=True)
-            if not gradient.requires_grad:  # the loss is linear in the parameters
-                return torch.zeros_like(rows)
-            found = [
-                torch.autograd.grad(
-                    gradient, leaf, row, retain_graph=i + 1 < len(rows), allow_unused=True, materialize_grads=True
-                )[0]
-                for i, row in enumerate(rows)
-            ]
-            return torch.stack(found)
-
-        return self._with_loss(leaf, batch, products)
-
-    def _scores(self, leaf: Tensor, batch: Batch) -> Tensor | None:
-        """The model's output on the batch as rows of scores, shape ``(positions, outputs)``."""
-        seen: list[Any] = []
-        handle = self.module.register_forward_hook(lambda module, args, output: seen.append(output))
-        try:
-            self._with_loss(leaf, batch, lambda loss, weight: loss)
-        finally:
-            handle.remove()
-        try:
-            scores = logits_of(seen[-1], "output_gradients")
-        except (TypeError, IndexError):  # no tensor of scores, or the model itself was never called
-            return None
-        axis = self._rule.class_axis
-        if axis is None:
-            axis = 1
-            if scores.ndim != 2:
-                return None
-        if not scores.is_floating_point() or scores.ndim < 2:
-            return None
-        return scores.movedim(axis, -1).reshape(-1, scores.shape[axis])
+    def _whole_batches_only(self) -> str | None:
+        """Why parts of a batch would not have the loss of the batch."""
+        if self._evaluator.draws:
+            return "the model draws random numbers, others in parts of a batch"
+        if modes.has_batch_norm(self.module, without_running_statistics=self._batch_norm != "batch"):
+            return "BatchNorm uses the statistics of the batch"
+        return None
 
     def _resolve_loss(
         self, loss_fn: LossFn | None, criterion: Callable[..., Any] | None, plugin_rule: PluginRule | None
@@ -477,7 +388,7 @@ class Objective:
             return resolve_loss(model, batch, loss_fn=loss_fn, criterion=criterion, plugin_rule=plugin_rule)
 
         first = next(iter(self._source))
-        rule: LossRule = self._call(resolve, self.origin, first)
+        rule: LossRule = self._evaluator.call(resolve, self.origin, first)
         return rule
 
     # ------------------------------------------------------------------ around evaluations
@@ -502,11 +413,37 @@ class Objective:
                 yield
         finally:
             self._depth -= 1
+            if self._depth == 0:
+                self._products.release()
+
+    @contextlib.contextmanager
+    def hvp_by(self, mode: str | None) -> Iterator[None]:
+        """A session in which Hessian-vector products are made by one of ``hvp.HVP_MODES``; None changes nothing."""
+        before = self._products
+        with self.session():
+            try:
+                if mode is not None:
+                    self._products = self._all_products.setdefault(mode, self._products_by(mode))
+                yield
+            finally:
+                if self._products is not before:
+                    self._products.release()
+                self._products = before
+
+    def _products_by(self, mode: str) -> HessianProducts:
+        return HessianProducts(self._evaluator, mode=mode, graph_bytes=self._graph_bytes, seed=self._seed)
 
     def announce(self, metric: str, expected_passes: float | None) -> None:
-        """From here on, progress events are about ``metric``."""
+        """From here on, progress events are about ``metric``; what was kept for the last one is freed."""
+        self._products.release()
         self._metric, self._expected_passes = metric, expected_passes
         self._metric_began, self._metric_passes = time.perf_counter(), self._counts["passes"]
+
+    def _spend(self, kind: str, share: float) -> None:
+        """Count a ``share`` of one evaluation."""
+        self._counts[kind] += share
+        self._partial_passes += share
+        self._counts["passes"] += share
 
     def _tick(self) -> None:
         self._sweeps += 1
@@ -514,18 +451,3 @@ class Objective:
         if self._listener is not None and self._metric:
             passes, seconds = self._counts["passes"] - self._metric_passes, time.perf_counter() - self._metric_began
             self._listener(ProgressEvent(self._metric, passes, self._expected_passes, seconds))
-
-
-class _Bound(nn.Module):
-    """``function(model, batch)`` as a module, so that ``functional_call`` swaps the weights for all of ``function``.
-
-    A loss function may call a method or a part of the model, not only the model.
-    """
-
-    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Any], Any]) -> None:
-        super().__init__()
-        self.model = model
-        self.function = function
-
-    def forward(self, batch: Any) -> Any:
-        return self.function(self.model, batch)

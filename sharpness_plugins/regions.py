@@ -1,21 +1,37 @@
-"""Feasible sets of the inner maximisation, and the random subspace that never is a matrix."""
+"""Feasible sets of the inner maximisation: boxes, balls and subspaces, with the steps that solvers take in them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import scipy.optimize
 import torch
 from torch import Tensor
 
-from . import reductions, sampling
-from .space import ParameterSpace
+from . import reductions
+from .kernels import ball, box, vectors
+from .subspace import SignSubspace
 
-__all__ = ["Box", "Region", "SignSubspace"]
+__all__ = [
+    "Ball",
+    "Box",
+    "ProjectedStep",
+    "Region",
+    "SteppedRegion",
+    "Subspace",
+    "VertexStep",
+    "stepped",
+]
+
+ValueAndGrad = Callable[[Tensor], tuple[float, Tensor]]
 
 
 class Region(Protocol):
-    """A closed set of perturbations that contains zero."""
+    """A closed convex set of perturbations that contains zero. All that a solver asks of a third party's set."""
 
     def project(self, perturbation: Tensor) -> Tensor:
         """The nearest point of the set."""
@@ -26,143 +42,423 @@ class Region(Protocol):
     def contains(self, perturbation: Tensor) -> bool: ...
 
 
+class VertexStep(NamedTuple):
+    """What is known of the way from a point y to the vertex v of its gradient g.
+
+    Attributes:
+        gap: ``<g, v - y>``: what a linear function would gain on the whole way; zero at a local maximum.
+        slope: ``max <g, e>`` over the set; not finite if g is not.
+        distance: ``‖v - y‖²``.
+    """
+
+    gap: float
+    slope: float
+    distance: float
+
+
+class ProjectedStep(NamedTuple):
+    """What is known of a projected step.
+
+    Attributes:
+        ascent: ``<g, step>``.
+        length: squared length of the step in the region's own units (half widths, radii).
+    """
+
+    ascent: float
+    length: float
+
+
+class SteppedRegion(Region, Protocol):
+    """A region with the steps of the solvers done in place, each in as few passes as it takes. Vectors are ``(dim,)``."""
+
+    def vertex_step(self, out: Tensor | None, y: Tensor, gradient: Tensor, share: float = 1.0) -> VertexStep:
+        """Write the point that lies the ``share`` of the way from y to the vertex; where g is zero, y may stay.
+
+        Without ``out`` nothing is written.
+        """
+
+    def linear_point(self, out: Tensor, gradient: Tensor, fraction: float) -> float:
+        """Write a point of ``fraction`` times the set that follows the gradient without jumping to a vertex.
+
+        Returns ``max <g, e>`` over the set.
+        """
+
+    def projected_step(
+        self,
+        out: Tensor,
+        y: Tensor,
+        previous: Tensor | None,
+        gradient: Tensor,
+        length: float,
+        momentum: float = 1.0,
+        *,
+        signed: bool,
+    ) -> ProjectedStep:
+        """Write ``t = Π(y + length d)``, or with momentum m ``Π(y + m (t - y) + (1 - m)(y - previous))``.
+
+        d is the vertex of the gradient if ``signed``, else the gradient in the region's own units.
+        """
+
+    def secant(self, y: Tensor, other: Tensor, gradient: Tensor, other_gradient: Tensor) -> tuple[float, float]:
+        """Squared length of the way in the region's own units, and ``<other - y, other_gradient - gradient>``."""
+
+    def model_step(self, out: Tensor, y: Tensor, gradient: Tensor, other: Tensor, other_gradient: Tensor) -> bool:
+        """Write the maximum of a model made of two points and their gradients; False if the region has no such model."""
+
+
+def stepped(region: Region) -> SteppedRegion:
+    """The region with its own steps, or with plain ones made of ``project`` and ``ascent_vertex``.
+
+    Raises:
+        TypeError: it lacks these.
+    """
+    if isinstance(region, (Box, Ball)):
+        return region
+    missing = [name for name in ("project", "ascent_vertex", "contains") if not callable(getattr(region, name, None))]
+    if missing:
+        raise TypeError(
+            f"region must have the methods project, ascent_vertex and contains, and {type(region).__name__} lacks "
+            f"{', '.join(missing)}"
+        )
+    return _PlainSteps(region)
+
+
 @dataclass(frozen=True, eq=False)
 class Box:
-    """``|e_i| <= half_width_i``, shape ``(dim,)``, half widths finite and not negative."""
+    """``|e_i| <= b_i`` with half widths ``b_i = slope |anchor_i| + offset``, finite and not negative.
 
-    half_width: Tensor
+    With the anchor alone, the half widths are the anchor; they are never stored otherwise, but recomputed where they are
+    needed, which costs no memory beside the anchor.
+
+    Args:
+        anchor: shape ``(dim,)``; the half widths themselves (then not negative), or what they are made from.
+        slope, offset: numbers, not negative.
+    """
+
+    anchor: Tensor
+    slope: float = 1.0
+    offset: float = 0.0
+    _scalars: tuple[Tensor, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.half_width.ndim != 1 or not bool((self.half_width >= 0).logical_and(self.half_width < torch.inf).all()):
-            raise ValueError("half_width must be a vector of finite numbers >= 0, shape (dim,)")
+        plain = self.slope == 1.0 and self.offset == 0.0
+        named = "half_width" if plain else "anchor"
+        if self.anchor.ndim != 1 or not self.anchor.is_floating_point():
+            raise ValueError(f"{named} must be a vector of numbers, got {self.anchor.dtype}, {tuple(self.anchor.shape)}")
+        lowest, highest = map(float, self.anchor.aminmax()) if len(self.anchor) else (0.0, 0.0)
+        if not (math.isfinite(lowest) and math.isfinite(highest)) or (plain and lowest < 0):
+            raise ValueError(f"{named} must hold finite numbers{' >= 0' if plain else ''}, got {lowest:g} to {highest:g}")
+        if not (0 <= self.slope < math.inf and 0 <= self.offset < math.inf):
+            raise ValueError(f"slope and offset must be finite numbers >= 0, got {self.slope} and {self.offset}")
+        scalars = tuple(vectors.scalar(value, self.anchor) for value in (self.slope, self.offset))
+        object.__setattr__(self, "anchor", self.anchor.detach().contiguous())
+        object.__setattr__(self, "_scalars", scalars)
+
+    @classmethod
+    def keskar(cls, origin: Tensor, epsilon: float) -> Box:
+        """``|e_i| <= ε (|w_i| + 1)``. Source: Keskar et al. (2017), eq. 3."""
+        return cls(origin, epsilon, epsilon)
+
+    @classmethod
+    def infinity_ball(cls, origin: Tensor, rho: float, *, adaptive: bool = False, eta: float = 0.0) -> Box:
+        """``max |e_i| <= rho``, or with ``adaptive`` ``|e_i| <= rho (|w_i| + eta)``.
+
+        Source: Kwon et al., ASAM (2021), with the maximum norm.
+        """
+        return cls(origin, rho, rho * eta) if adaptive else cls(origin, 0.0, rho)
+
+    @property
+    def half_width(self) -> Tensor:
+        """b, shape ``(dim,)``, computed anew."""
+        return self.half_width_of(slice(None))
+
+    def half_width_of(self, piece: slice) -> Tensor:
+        """b on a range of the coordinates."""
+        if self.slope == 1.0 and self.offset == 0.0:
+            return self.anchor[piece]
+        slope, offset = self._scalars
+        return self.anchor[piece].abs().mul_(slope).add_(offset)
 
     def project(self, perturbation: Tensor) -> Tensor:
-        return torch.clamp(perturbation, -self.half_width, self.half_width)
+        inside = perturbation.clone(memory_format=torch.contiguous_format)
+        for e, b in self._pieces(inside):
+            e.clamp_(-b, b)
+        return inside
 
     def ascent_vertex(self, gradient: Tensor) -> Tensor:
-        return self.half_width * gradient.sign()
+        vertex = gradient.sign()
+        for v, b in self._pieces(vertex):
+            v.mul_(b)
+        return vertex
 
     def contains(self, perturbation: Tensor) -> bool:
-        return bool((perturbation.abs() <= self.half_width).all())
+        return all(bool((e.abs() <= b).all()) for e, b in self._pieces(perturbation))
 
     def share_at_bound(self, perturbation: Tensor) -> float:
         """Fraction of the coordinates within a millionth of a bound."""
-        return (perturbation.abs() >= (1 - 1e-6) * self.half_width).double().mean().item()
+        at_bound = sum((e.abs() >= (1 - 1e-6) * b).sum() for e, b in self._pieces(perturbation))
+        return float(at_bound) / len(perturbation)
+
+    def vertex_step(self, out: Tensor | None, y: Tensor, gradient: Tensor, share: float = 1.0) -> VertexStep:
+        if out is None:
+            told = box.box_gap(y, gradient, self.anchor, *self._scalars)
+        else:
+            told = box.box_vertex_step(out, y, gradient, self.anchor, *self._scalars, share)
+        known = told.tolist()
+        statistic = box.VertexStatistic
+        return VertexStep(known[statistic.GAP], known[statistic.SLOPE], known[statistic.DISTANCE])
+
+    def linear_point(self, out: Tensor, gradient: Tensor, fraction: float) -> float:
+        return box.box_linear_step(out, gradient, self.anchor, *self._scalars, fraction).item()
+
+    def projected_step(
+        self,
+        out: Tensor,
+        y: Tensor,
+        previous: Tensor | None,
+        gradient: Tensor,
+        length: float,
+        momentum: float = 1.0,
+        *,
+        signed: bool,
+    ) -> ProjectedStep:
+        told = box.box_projected_step(
+            out, y, previous, gradient, self.anchor, *self._scalars, length, momentum, signed=signed
+        ).tolist()
+        return ProjectedStep(told[box.ProjectedStatistic.ASCENT], told[box.ProjectedStatistic.DISTANCE_IN_BOX])
+
+    def secant(self, y: Tensor, other: Tensor, gradient: Tensor, other_gradient: Tensor) -> tuple[float, float]:
+        told = box.box_secant(y, other, gradient, other_gradient, self.anchor, *self._scalars).tolist()
+        return told[box.SecantStatistic.DISTANCE_IN_BOX], told[box.SecantStatistic.CURVATURE]
+
+    def model_step(self, out: Tensor, y: Tensor, gradient: Tensor, other: Tensor, other_gradient: Tensor) -> bool:
+        """The maximum of ``Σ g_i t_i + ½ d_i t_i²``, ``t = e - y``, with ``d`` from the secants towards ``other``.
+
+        Exact for a separable quadratic. Where the two points share a coordinate nothing is known of ``d_i``, and it stays.
+        """
+        for piece in vectors.pieces(len(y), y.device):
+            here, g, b = y[piece], gradient[piece], self.half_width_of(piece)
+            way = other[piece] - here
+            moved = way != 0
+            curvature = torch.where(moved, (other_gradient[piece] - g) / torch.where(moved, way, 1), 0)
+            concave = curvature < 0
+            inner = torch.clamp(here - g / torch.where(concave, curvature, -1), -b, b)
+            up, down = b - here, -b - here
+            rises = g * up + 0.5 * curvature * up * up >= g * down + 0.5 * curvature * down * down
+            model = torch.where(concave, inner, torch.where(rises, b, -b))
+            out[piece].copy_(torch.where(moved, model, here))
+        return True
+
+    def _pieces(self, perturbation: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for piece in vectors.pieces(len(perturbation), perturbation.device):
+            yield perturbation[piece], self.half_width_of(piece)
 
 
-class SignSubspace:
-    """The column space of a random matrix ``A`` of signs ±1, ``dim`` by ``num_columns``, times a scale.
-
-    The signs come from Philox4x32-10, keyed by ``key`` and counted by (element within its parameter, block of 128 columns,
-    position of the parameter in the model), so they are the same on every device and do not change when other parameters
-    are left out. They are kept packed, ``ceil(num_columns / 8)`` bytes per parameter: 13 for 100 columns, where a float32
-    matrix takes 400.
+@dataclass(frozen=True, eq=False)
+class Ball:
+    """``‖e / weight‖₂ <= rho``; the plain ball without a weight.
 
     Args:
-        space: where the columns live.
-        num_columns: number of columns.
-        key: 64-bit key of this draw.
-        scale: every entry of A is ± this.
+        rho: radius, positive.
+        weight: shape ``(dim,)``, not negative: the ellipsoid's half axes over rho. Where it is zero, e is zero.
     """
 
-    _CHUNK = 2**16
-    _UNPACKED = 2**14  # 8 MB of float32 for 128 columns: stays in cache
-    _BLOCK_BITS = 128
+    rho: float
+    weight: Tensor | None = None
 
-    def __init__(self, space: ParameterSpace, num_columns: int, key: int, *, scale: float = 1.0) -> None:
-        if num_columns < 1:
-            raise ValueError(f"a subspace needs at least one column, got {num_columns}")
-        self.num_columns = num_columns
-        self.dim = space.dim
-        self.scale = scale
-        self._dtype, self._device = space.dtype, space.device
-        num_bytes = -(-num_columns // 8)
-        # one row of bytes per 8 columns: each row is read contiguously
-        self._bytes = torch.empty((num_bytes, space.dim), dtype=torch.uint8, device=space.device)
-        start = 0
-        for ordinal, numel in zip(space.ordinals, space.numels, strict=True):
-            for first in range(0, numel, self._CHUNK):
-                element = torch.arange(first, min(first + self._CHUNK, numel), device=space.device)
-                stop = start + len(element)
-                self._bytes[:, start:stop] = self._draw(element, ordinal, key, num_bytes)
-                start = stop
-        # bit b of each of the 256 byte values, as a sign
-        values = torch.arange(256, device=space.device)
-        self._signs = ((values[:, None] >> torch.arange(8, device=space.device) & 1) * 2 - 1).to(torch.float64)
+    def __post_init__(self) -> None:
+        if not 0 < self.rho < math.inf:
+            raise ValueError(f"rho must be a positive number, got {self.rho}")
+        if self.weight is not None and not (
+            self.weight.ndim == 1 and bool((self.weight >= 0).logical_and(self.weight < math.inf).all())
+        ):
+            raise ValueError("weight must be a vector of finite numbers >= 0, shape (dim,)")
 
-    def _draw(self, element: Tensor, ordinal: int, key: int, num_bytes: int) -> Tensor:
-        rows = []
-        for block in range(-(-num_bytes * 8 // self._BLOCK_BITS)):
-            words = sampling.philox((element & 0xFFFFFFFF, element >> 32, block, ordinal), key)
-            for word in words:
-                rows += [(torch.as_tensor(word) >> shift & 0xFF).to(torch.uint8) for shift in (0, 8, 16, 24)]
-        return torch.stack(rows[:num_bytes])
+    @classmethod
+    def adaptive(cls, origin: Tensor, rho: float, *, eta: float = 0.0) -> Ball:
+        """``‖e / (|w| + eta)‖₂ <= rho``: does not change when layers of a ReLU network are rescaled, for ``eta`` 0.
 
-    def _padded(self, coefficients: Tensor) -> Tensor:
-        _check_shape(coefficients, self.num_columns)
-        padded = coefficients.new_zeros(8 * len(self._bytes), dtype=torch.float64)
-        padded[: self.num_columns] = coefficients
-        return padded.view(-1, 8)
-
-    def _unpacked(self, first: int) -> Tensor:
-        """The signs of one small chunk of elements as float32, one row per column of A."""
-        codes = self._bytes[:, first : first + self._UNPACKED]
-        bits = torch.arange(8, device=self._bytes.device, dtype=torch.uint8)
-        return ((codes[:, None, :] >> bits[:, None] & 1).float() * 2 - 1).reshape(8 * len(codes), -1)
-
-    def lift(self, coefficients: Tensor) -> Tensor:
-        """``A y``: shape ``(num_columns,)`` to ``(dim,)``. Sixteen table look-ups per parameter for 128 columns."""
-        # sums over the 8 columns of a byte, for each of its 256 values
-        tables = (self.scale * self._signs @ self._padded(coefficients).T).T.to(self._dtype)
-        lifted = torch.empty(self.dim, dtype=self._dtype, device=self._device)
-        for first in range(0, self.dim, self._CHUNK):
-            codes = self._bytes[:, first : first + self._CHUNK].int()
-            out = lifted[first : first + self._CHUNK].zero_()
-            for table, code in zip(tables, codes, strict=True):
-                out += table.index_select(0, code)  # 10 times faster on a CPU than table[code]
-        return lifted
-
-    def restrict(self, vector: Tensor) -> Tensor:
-        """``Aᵀ g``: shape ``(dim,)`` to ``(num_columns,)``, accumulated in float64."""
-        _check_shape(vector, self.dim)
-        if self._device.type != "cpu":  # weighted bincount is not deterministic there
-            restricted = sum(
-                self._unpacked(first).double() @ vector[first : first + self._UNPACKED].double()
-                for first in range(0, self.dim, self._UNPACKED)
-            )
-            return (self.scale * torch.as_tensor(restricted))[: self.num_columns].to(self._dtype)
-        sums = torch.zeros((len(self._bytes), 256), dtype=torch.float64, device=self._device)
-        for first in range(0, self.dim, self._CHUNK):
-            weights = vector[first : first + self._CHUNK].double()
-            for row, code in zip(sums, self._bytes[:, first : first + self._CHUNK], strict=True):
-                row += torch.bincount(code, weights=weights, minlength=256)
-        return (self.scale * sums @ self._signs).reshape(-1)[: self.num_columns].to(self._dtype)
-
-    def gram(self) -> Tensor:
-        """``AᵀA / scale²``, shape ``(num_columns, num_columns)``, float64: integers, exact."""
-        gram = torch.zeros((8 * len(self._bytes),) * 2, dtype=torch.float64, device=self._device)
-        for first in range(0, self.dim, self._UNPACKED):
-            signs = self._unpacked(first)
-            gram += (signs @ signs.T).double()  # sums of 2^14 signs are exact in float32
-        return gram[: self.num_columns, : self.num_columns]
-
-    def coordinates(self, vector: Tensor) -> Tensor:
-        """``A⁺ x = (AᵀA)⁻¹ Aᵀ x``, shape ``(dim,)`` to ``(num_columns,)``; solved in float64.
-
-        Raises:
-            ValueError: there are more columns than dimensions, so they are not independent.
+        Source: Kwon et al., ASAM (2021), Definition 2.
         """
-        if self.num_columns > self.dim:
-            raise ValueError(f"a random subspace of {self.num_columns} dimensions does not fit into {self.dim} parameters")
-        right = self.restrict(vector).double() / self.scale**2
-        solution: Tensor = torch.linalg.lstsq(self.gram().cpu(), right.cpu()[:, None], driver="gelsd").solution
-        return solution[:, 0].to(vector)
+        if not 0 <= eta < math.inf:
+            raise ValueError(f"eta must be a number >= 0, got {eta}")
+        return cls(rho, origin.abs().add_(eta))
 
-    def norm_of(self, coefficients: Tensor) -> float:
-        """``‖A y‖``."""
-        return reductions.norm(self.lift(coefficients)).item()
+    def project(self, perturbation: Tensor) -> Tensor:
+        """The nearest point in the Euclidean norm; for a weighted ball by Newton's method on one multiplier, in float64."""
+        if self.contains(perturbation):
+            return perturbation.clone()
+        if self.weight is None:
+            return perturbation * (self.rho / reductions.norm(perturbation).item())
+        squares = self.weight.double().square()
+        e = perturbation.double()
+        multiplier = 0.0
+        for _ in range(100):
+            # p = e T² / (T² + μ); Newton on 1/‖p/T‖ = 1/ρ, which is concave and increasing in μ: from 0 it never overshoots
+            inside = torch.where(squares > 0, e * squares.sqrt() / (squares + multiplier), 0)
+            length = inside.norm().item()
+            if length <= self.rho * (1 + 1e-13):
+                break
+            descent = (inside.square() / (squares + multiplier).clamp_min(1e-300)).sum().item()
+            multiplier += (length / self.rho - 1) * length**2 / descent
+        return self._within(torch.where(squares > 0, e * squares / (squares + multiplier), 0).to(perturbation))
+
+    def ascent_vertex(self, gradient: Tensor) -> Tensor:
+        scaled = self._scaled(gradient)
+        length = reductions.norm(scaled).item()
+        return self._scaled(scaled) * (self.rho / length) if length > 0 else torch.zeros_like(gradient)
+
+    def contains(self, perturbation: Tensor) -> bool:
+        if self.weight is not None and bool((perturbation[self.weight == 0] != 0).any()):
+            return False
+        # a few ulp: a point that was scaled to length rho is in the ball
+        return self._length(perturbation) <= self.rho * (1 + 4 * torch.finfo(perturbation.dtype).eps)
+
+    def vertex_step(self, out: Tensor | None, y: Tensor, gradient: Tensor, share: float = 1.0) -> VertexStep:
+        written = torch.empty_like(y) if out is None else out
+        told = ball.ball_step(written, y, gradient, self.weight, self.rho, share).tolist()
+        statistic = ball.BallStatistic
+        return VertexStep(told[statistic.GAP], told[statistic.SLOPE], told[statistic.DISTANCE])
+
+    def linear_point(self, out: Tensor, gradient: Tensor, fraction: float) -> float:
+        return _PlainSteps(self).linear_point(out, gradient, fraction)
+
+    def projected_step(
+        self,
+        out: Tensor,
+        y: Tensor,
+        previous: Tensor | None,
+        gradient: Tensor,
+        length: float,
+        momentum: float = 1.0,
+        *,
+        signed: bool,
+    ) -> ProjectedStep:
+        direction = self.ascent_vertex(gradient) if signed else self._scaled(self._scaled(gradient)).mul_(self.rho**2)
+        moved = self._within(direction.mul_(length).add_(y))
+        if previous is not None:
+            moved = self._within(y + momentum * (moved - y) + (1 - momentum) * (y - previous))
+        step = moved - y
+        out.copy_(moved)
+        return ProjectedStep(reductions.dot(gradient, step).item(), (self._length(step) / self.rho) ** 2)
+
+    def secant(self, y: Tensor, other: Tensor, gradient: Tensor, other_gradient: Tensor) -> tuple[float, float]:
+        step = other - y
+        return (self._length(step) / self.rho) ** 2, reductions.dot(step, other_gradient - gradient).item()
+
+    def model_step(self, out: Tensor, y: Tensor, gradient: Tensor, other: Tensor, other_gradient: Tensor) -> bool:
+        return False
+
+    def _scaled(self, vector: Tensor) -> Tensor:
+        return vector.clone() if self.weight is None else vector * self.weight
+
+    def _length(self, perturbation: Tensor) -> float:
+        if self.weight is None:
+            return reductions.norm(perturbation).item()
+        return reductions.norm(torch.where(self.weight > 0, perturbation / self.weight, 0)).item()
+
+    def _within(self, perturbation: Tensor) -> Tensor:
+        """Nearest in the ball's own norm, in place: shortened."""
+        length = self._length(perturbation)
+        return perturbation.mul_(self.rho / length) if length > self.rho else perturbation
 
 
-def _check_shape(vector: Tensor, length: int) -> None:
-    if vector.shape != (length,):
-        raise ValueError(f"expected a vector of shape ({length},), got {tuple(vector.shape)}")
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """``{A c : c in inner}`` for the columns of a random matrix A that is never stored as one.
+
+    Solvers do better in the coefficients c, of which there are few: ``within`` gives the function of them.
+    """
+
+    columns: SignSubspace
+    inner: Box
+
+    def within(self, fn: ValueAndGrad) -> ValueAndGrad:
+        """``c -> (f(A c), Aᵀ gradient)``, shapes ``(num_columns,)``."""
+
+        def of_coefficients(coefficients: Tensor) -> tuple[float, Tensor]:
+            value, gradient = fn(self.columns.lift(coefficients))
+            return value, self.columns.restrict(gradient)
+
+        return of_coefficients
+
+    def project(self, perturbation: Tensor) -> Tensor:
+        """The nearest point: least squares in the coefficients, with their bounds, in float64 on the host."""
+        right = self.columns.restrict(perturbation).double().cpu().numpy()
+        gram = self.columns.gram().double().cpu().numpy() * self.columns.scale**2
+        root = np.linalg.cholesky(gram)
+        bound = self.inner.half_width.double().cpu().numpy()
+        tight = np.maximum(bound, 1e-300)
+        found = scipy.optimize.lsq_linear(root.T, np.linalg.solve(root, right), bounds=(-tight, tight), tol=1e-14)
+        return self.columns.lift(self.inner.project(torch.from_numpy(found.x).to(self.inner.anchor)))
+
+    def ascent_vertex(self, gradient: Tensor) -> Tensor:
+        return self.columns.lift(self.inner.ascent_vertex(self.columns.restrict(gradient)))
+
+    def contains(self, perturbation: Tensor) -> bool:
+        coefficients = self.columns.coordinates(perturbation)
+        slack = 1e-5 if perturbation.dtype == torch.float32 else 1e-10
+        beside = reductions.norm(self.columns.lift(coefficients) - perturbation).item()
+        if beside > slack * max(reductions.norm(perturbation).item(), torch.finfo(torch.float32).tiny):
+            return False
+        return bool((coefficients.abs() <= self.inner.half_width * (1 + slack)).all())
+
+
+@dataclass(frozen=True)
+class _PlainSteps:
+    """The steps of any region, made of its projection and vertex; a unit of length is the plain one."""
+
+    region: Region
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.region, name)
+
+    def project(self, perturbation: Tensor) -> Tensor:
+        return self.region.project(perturbation)
+
+    def ascent_vertex(self, gradient: Tensor) -> Tensor:
+        return self.region.ascent_vertex(gradient)
+
+    def contains(self, perturbation: Tensor) -> bool:
+        return self.region.contains(perturbation)
+
+    def vertex_step(self, out: Tensor | None, y: Tensor, gradient: Tensor, share: float = 1.0) -> VertexStep:
+        vertex = self.region.ascent_vertex(gradient)
+        slope = reductions.dot(gradient, vertex).item()
+        step = vertex - y
+        told = VertexStep(reductions.dot(gradient, step).item(), slope, reductions.dot(step, step).item())
+        if out is not None:
+            out.copy_(vertex if share == 1 else y + share * step)
+        return told
+
+    def linear_point(self, out: Tensor, gradient: Tensor, fraction: float) -> float:
+        out.copy_(self.region.ascent_vertex(gradient))
+        slope = reductions.dot(gradient, out).item()
+        out.mul_(fraction)
+        return slope
+
+    def projected_step(
+        self,
+        out: Tensor,
+        y: Tensor,
+        previous: Tensor | None,
+        gradient: Tensor,
+        length: float,
+        momentum: float = 1.0,
+        *,
+        signed: bool,
+    ) -> ProjectedStep:
+        direction = self.region.ascent_vertex(gradient) if signed else gradient
+        moved = self.region.project(y + length * direction)
+        if previous is not None:
+            moved = self.region.project(y + momentum * (moved - y) + (1 - momentum) * (y - previous))
+        step = moved - y
+        out.copy_(moved)
+        return ProjectedStep(reductions.dot(gradient, step).item(), reductions.dot(step, step).item())
+
+    def secant(self, y: Tensor, other: Tensor, gradient: Tensor, other_gradient: Tensor) -> tuple[float, float]:
+        step = other - y
+        return reductions.dot(step, step).item(), reductions.dot(step, other_gradient - gradient).item()
+
+    def model_step(self, out: Tensor, y: Tensor, gradient: Tensor, other: Tensor, other_gradient: Tensor) -> bool:
+        return False

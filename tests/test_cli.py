@@ -410,7 +410,7 @@ def test_list_json(capsys):
 
 def test_list_without_a_match_is_an_error(capsys):
     assert main(["list", "nothing*"]) == 1
-    assert "no metric matches 'nothing*'. Metrics: epsilon_box" in error_of(capsys)
+    assert "no metric matches 'nothing*'. Metrics: adaptive_topk, epsilon_box" in error_of(capsys)
 
 
 class Rival:

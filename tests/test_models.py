@@ -153,41 +153,58 @@ def test_hessian_vector_products_are_symmetric_and_differences_of_gradients(make
     u, v = (torch.randn(objective.dim, generator=generator) for _ in range(2))
     hu, hv = objective.hvp(torch.stack([u, v]))
     assert (v @ hu).item() == pytest.approx((u @ hv).item(), rel=1e-3, abs=1e-3 * hu.norm().item())
-    other = Objective(model, loader)
-    other._hvp_mode = "double backward"
-    torch.testing.assert_close(other.hvp(u), hu, rtol=1e-3, atol=1e-5 * hu.abs().max().item())
+    with objective.hvp_by("forward over reverse"):
+        torch.testing.assert_close(objective.hvp(u), hu, rtol=1e-3, atol=1e-5 * hu.abs().max().item())
 
 
-def test_the_modes_of_differentiation_that_architectures_allow():
-    modes = {}
-    for make in (mlp, timm_vit, transformer, lstm):
-        objective = Objective(*trained(make))
-        objective.hvp(torch.ones(objective.dim))
-        modes[make.__name__] = objective.hvp_mode
-    assert set(modes.values()) == {"forward over reverse"}
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(36, 8)), nn.Tanh())
+        self.head = nn.Linear(8, NUM_CLASSES)
 
-    class Square(torch.autograd.Function):
-        """Twice differentiable, but without a forward mode."""
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.utils.checkpoint.checkpoint(self.body, x.flatten(1), use_reentrant=False))
 
-        @staticmethod
-        def forward(x: Tensor) -> Tensor:
-            return x * x
 
-        @staticmethod
-        def setup_context(ctx, inputs, output) -> None:
-            ctx.save_for_backward(*inputs)
+def checkpointed() -> tuple[nn.Module, Tensor, Tensor]:
+    return Checkpointed(), *images(6, 1)
 
-        @staticmethod
-        def backward(ctx, gradient: Tensor) -> Tensor:
-            return 2 * ctx.saved_tensors[0] * gradient
 
-    class Squares(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return Square.apply(super().forward(x))
+def weight_norm() -> tuple[nn.Module, Tensor, Tensor]:
+    x, y = images(6, 1)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(36, 8))
+    return nn.Sequential(nn.Flatten(), normed, nn.Tanh(), nn.Linear(8, NUM_CLASSES)), x, y
 
-    objective = Objective(Squares(3, 2), [(torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 0]))])
-    objective.hvp(torch.ones(objective.dim))
-    assert objective.hvp_mode == "double backward"
+
+@pytest.mark.parametrize("make", [*ZOO, checkpointed, weight_norm], ids=lambda make: make.__name__)
+def test_every_architecture_keeps_its_graphs_and_another_way_confirms_the_products(make):
+    model, loader = trained(make, steps=5)
+    objective = Objective(model, loader)
+    rows = torch.randn(2, objective.dim, generator=torch.Generator().manual_seed(2))
+    fresh = objective.hvp(rows)
+    with objective.session():
+        for _ in range(2):
+            torch.testing.assert_close(objective.hvp(rows), fresh, rtol=1e-5, atol=1e-6 * fresh.abs().max().item())
+        assert objective.hvp_mode == "retained double backward"
+        assert objective._products.num_kept == len(loader)
+    confirmed = "differences of gradients in float64" if make is checkpointed else "forward over reverse"
+    assert f"{confirmed} agree" in objective.hvp_check
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compile", "DataParallel"])
+@pytest.mark.parametrize("batch_norm_policy", ["eval", "batch"])
+def test_batch_norm_in_both_modes_also_compiled_keeps_its_graphs_and_its_buffers(wrap, batch_norm_policy):
+    model, loader = trained(batch_norm)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    plain, wrapped = (Objective(m, loader, batch_norm=batch_norm_policy) for m in (model, wrap(model)))
+    v = torch.randn(plain.dim, generator=torch.Generator().manual_seed(2))
+    expected = plain.hvp(v)
+    with wrapped.session():
+        for _ in range(2):
+            torch.testing.assert_close(wrapped.hvp(v), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+        assert wrapped.hvp_mode == "retained double backward"
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "compile"])
@@ -212,22 +229,10 @@ def test_sparse_embeddings_are_measured_densely_and_left_sparse():
 
 
 def test_checkpointed_and_spectrally_normalized_models():
-    torch.manual_seed(0)
-
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 8)), nn.Tanh())
-            self.head = nn.Linear(8, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False))
-
-    model = Checkpointed()
+    model, loader = trained(checkpointed, steps=5)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    loader = [(torch.randn(6, 3), torch.arange(6) % 2)]
     report = measure_sharpness(model, loader, ["epsilon_box", HessianTopK(k=1)])
-    assert report["hessian_topk"].details["hvp_mode"] == "double backward"
+    assert report["hessian_topk"].details["hvp_mode"] == "retained double backward"
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name])
 
@@ -246,6 +251,7 @@ def test_a_hugging_face_model_with_labels_and_tied_weights():
     assert report.loss == pytest.approx(model(input_ids=x, labels=y).loss.item(), rel=1e-5)
     assert "model(**batch).loss" in report.provenance["loss_rule"]
     assert report["hessian_topk"].status.kind is Kind.CONVERGED
+    assert "forward over reverse agrees" in report["hessian_topk"].details["hvp_check"]
     assert report["epsilon_box"].details["start_names"][1].startswith("class ")
 
 
@@ -264,6 +270,8 @@ def test_a_causal_language_model_is_weighted_by_tokens():
     names = [name for name, _ in model.named_parameters()]
     assert report.provenance["dim"] == sum(p.numel() for p in model.parameters())
     assert "lm_head.weight" not in names  # tied
+    assert report["hessian_topk"].details["hvp_mode"] == "retained double backward"
+    assert "forward over reverse agrees" in report["hessian_topk"].details["hvp_check"]
 
 
 def test_nested_inputs_and_mapping_inputs():

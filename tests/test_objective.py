@@ -15,6 +15,7 @@ from torch import nn
 
 import oracles
 from sharpness_plugins.errors import LoaderError, NonFiniteLossError, SecondDerivativeError
+from sharpness_plugins.hvp import HVP_MODES
 from sharpness_plugins.objective import Objective
 
 
@@ -40,23 +41,25 @@ def test_any_batching_gives_the_loss_gradient_and_hessian_of_the_whole(sizes):
     torch.testing.assert_close(objective.hvp(v, 0.1 * e), product, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("mode", ["forward over reverse", "double backward"])
-def test_hvp_equals_the_dense_hessian(mode):
+def test_a_sweep_serves_all_rows():
     problem = oracles.small_classifier()
     objective = Objective(problem.model, problem.loader(8, 8, 4))
-    objective._hvp_mode = mode
+    objective.hvp(torch.ones(objective.dim))  # with the probe
+    before = objective.cost
     rows = objective.hvp(torch.eye(objective.dim, dtype=torch.float64))
     torch.testing.assert_close(rows, problem.dense_hessian(), rtol=1e-9, atol=1e-11)
-    assert objective.cost.hvps == objective.dim
-    assert objective.cost.passes == pytest.approx(2)  # the first look at the loss, and one sweep for all rows
+    cost = objective.cost - before
+    assert (cost.hvps, cost.gradients) == (objective.dim, 0)
+    assert cost.passes == pytest.approx(1)
 
 
 def test_hvp_of_a_linear_loss_is_zero():
     slope = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
     objective = oracles.objective_of(lambda w: slope @ w, torch.ones(3, dtype=torch.float64))
-    for mode in ("forward over reverse", "double backward"):
-        objective._hvp_mode = mode
-        assert torch.equal(objective.hvp(slope), torch.zeros(3, dtype=torch.float64))
+    for mode in HVP_MODES:
+        with objective.hvp_by(mode):
+            for _ in range(2):
+                assert objective.hvp(slope).abs().max() <= 1e-9 * (mode == "central differences")
 
 
 def test_unused_parameters_have_zero_derivatives():
@@ -163,11 +166,9 @@ def test_batch_norm_policies():
     assert abs(running.value(bias) - running.loss) > 1e-3
     for objective in (running, batch):
         v = direction(objective.dim, 0, objective.origin)
-        objective._hvp_mode = None
         first = objective.hvp(v)
-        other = Objective(model, [(x, y)], batch_norm=objective._batch_norm)
-        other._hvp_mode = "double backward"
-        torch.testing.assert_close(first, other.hvp(v), rtol=1e-9, atol=1e-11)
+        with objective.hvp_by("forward over reverse"):
+            torch.testing.assert_close(first, objective.hvp(v), rtol=1e-9, atol=1e-11)
 
 
 def fingerprint(model: nn.Module) -> list[object]:
@@ -198,7 +199,7 @@ def same(a: object, b: object) -> bool:
 
 
 class Failing(nn.Module):
-    """Fails at a given call, wherever that falls."""
+    """Fails from a given call on, wherever that falls."""
 
     def __init__(self, inner: nn.Module, at_call: int, error: BaseException) -> None:
         super().__init__()
@@ -206,7 +207,7 @@ class Failing(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        if self.calls == self.at_call:
+        if self.calls >= self.at_call:
             raise self.error
         return self.inner(x)
 
@@ -233,7 +234,8 @@ def test_no_trace_after_success(batch_norm, grad):
         objective = Objective(model, loader, batch_norm=batch_norm, cache_bytes=0)
         objective.value_and_grad()
         objective.hvp(torch.ones(objective.dim))
-        list(objective.output_gradients())
+        sketch = objective.sketch(6)
+        sketch.gradient(torch.ones(len(sketch.probabilities())))
         assert same(fingerprint(model), inside)
     assert same(fingerprint(model), before)
     assert torch.equal(own.get_state(), before_own)
@@ -247,9 +249,8 @@ def test_no_trace_after_a_failure(error, at_call):
     before = fingerprint(model)
 
     def measure() -> None:
-        objective = Objective(model, loader)
+        objective = Objective(model, loader, hvp="double backward")
         objective.value_and_grad()
-        objective._hvp_mode = "double backward"
         objective.hvp(torch.ones(objective.dim))
         for _ in range(5):
             objective.value()
@@ -351,7 +352,8 @@ def test_a_perturbation_of_the_wrong_shape_is_refused():
 def test_no_second_derivative_is_a_clear_error_and_a_failing_model_keeps_its_own():
     bag = nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 2))
     objective = Objective(bag, [(torch.randint(0, 10, (6, 3)), torch.arange(6) % 2)])
-    with pytest.raises(SecondDerivativeError, match=r"forward over reverse: .*double backward: "):
+    named = r"product of module '0' \(EmbeddingBag\) \(double backward: .*forward over reverse: "
+    with pytest.raises(SecondDerivativeError, match=named):
         objective.hvp(torch.ones(objective.dim))
     failing = Failing(nn.Linear(3, 2), 10**9, RuntimeError("the model's own"))
     objective = Objective(failing, [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))])
@@ -370,6 +372,7 @@ def test_no_second_derivative_is_a_clear_error_and_a_failing_model_keeps_its_own
 def test_cost_counts_full_data_equivalents():
     problem = oracles.small_classifier()
     objective = Objective(problem.model, problem.loader(8, 12))
+    objective.hvp(torch.ones(objective.dim))  # with the probe
     before = objective.cost
     objective.value()
     objective.value_and_grad()
@@ -379,27 +382,6 @@ def test_cost_counts_full_data_equivalents():
     assert (cost.values, cost.gradients, cost.hvps) == (1, 1, 4)
     assert cost.passes == pytest.approx(4)
     assert cost.seconds > 0
-
-
-def test_output_gradients_are_those_of_the_mean_logits():
-    problem = oracles.small_classifier()
-    objective = Objective(problem.model, problem.loader(7, 13))
-    point = problem.flat_weights().requires_grad_()
-    found = dict(objective.output_gradients())
-    assert list(found) == [0, 1, 2]
-    names = [name for name, _ in problem.model.named_parameters()]
-    sizes = [p.numel() for p in problem.model.parameters()]
-    pieces = dict(zip(names, point.split(sizes), strict=True))
-    views = {name: pieces[name].view(p.shape) for name, p in problem.model.named_parameters()}
-    logits = torch.func.functional_call(problem.model, views, (problem.inputs,))
-    for k in range(3):
-        (expected,) = torch.autograd.grad(logits[:, k].sum(), point, retain_graph=True)
-        torch.testing.assert_close(found[k], expected)
-
-
-def test_there_are_no_output_gradients_where_the_model_gives_no_scores():
-    objective = oracles.objective_of(lambda w: (w**2).sum(), torch.ones(3))
-    assert list(objective.output_gradients()) == []
 
 
 def test_a_batch_without_weight_does_not_count():
@@ -428,7 +410,8 @@ def test_a_batch_without_weight_may_have_no_loss_at_all():
     assert found.loss == pytest.approx(expected.loss, rel=1e-12)
     torch.testing.assert_close(found.value_and_grad()[1], expected.value_and_grad()[1])
     torch.testing.assert_close(found.hvp(v), expected.hvp(v))
-    assert found.cost.passes == pytest.approx(3)
+    probe = found.cost.gradients - 1
+    assert found.cost.passes == pytest.approx(3 + probe)
 
 
 def test_one_flat_leaf_is_split_and_not_sliced():
@@ -443,7 +426,7 @@ def test_one_flat_leaf_is_split_and_not_sliced():
 
 
 @pytest.mark.parametrize("api", ["parametrization", "hook"])
-@pytest.mark.parametrize("mode", ["forward over reverse", "double backward"])
+@pytest.mark.parametrize("mode", ["forward over reverse", "retained double backward"])
 def test_weight_norm_has_the_right_hessian(api, mode):
     """torch's own double backward of weight norm is wrong: an asymmetric Hessian."""
     torch.manual_seed(0)
@@ -456,8 +439,7 @@ def test_weight_norm_has_the_right_hessian(api, mode):
         layer = nn.utils.parametrizations.weight_norm(layer)
     plain = vars(layer).get("weight")
     model = nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 2).double())
-    objective = Objective(model, [(torch.randn(9, 3, dtype=torch.float64), torch.arange(9) % 2)])
-    objective._hvp_mode = mode
+    objective = Objective(model, [(torch.randn(9, 3, dtype=torch.float64), torch.arange(9) % 2)], hvp=mode)
     hessian = objective.hvp(torch.eye(objective.dim, dtype=torch.float64))
     step = 1e-5
     differences = [
@@ -647,9 +629,13 @@ def test_checkpointed_models_have_the_derivatives_of_plain_ones(use_reentrant):
     assert other.value(e) == pytest.approx(one.value(e), rel=1e-13)
     torch.testing.assert_close(other.value_and_grad(e)[1], one.value_and_grad(e)[1], rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(other.hvp(v, e), one.hvp(v, e), rtol=1e-10, atol=1e-12)
-    for (k, found), (same_k, expected) in zip(other.output_gradients(), one.output_gradients(), strict=True):
-        assert k == same_k
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    with other.session():  # the layer runs again in every product, also from a graph that was kept
+        for _ in range(3):
+            torch.testing.assert_close(other.hvp(v, e), one.hvp(v, e), rtol=1e-10, atol=1e-12)
+        assert other.hvp_mode == "retained double backward"
+    assert "differences of gradients in float64 agree" in other.hvp_check  # no forward mode goes through it
+    raised = torch.tensor([0.0, 1.0, -1.0])
+    torch.testing.assert_close(other.sketch(9).gradient(raised), one.sketch(9).gradient(raised), rtol=1e-12, atol=1e-14)
 
 
 def test_a_bag_leaves_its_padding_out():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import reductions
-from ..maximizers import Maximizer, MultiStart
+from ..maximizers import Maximizer, MultiStart, park, unpark
 from ..objective import Objective
 from ..regions import Box
 from ..report import MetricResult, Status
-from . import keskar
+from . import keskar, starts
+from .starts import Starts
 
 __all__ = ["EpsilonBox"]
 
@@ -29,9 +30,9 @@ class EpsilonBox:
 
     The value is a lower bound: the maximum is approached from several starts, and local maxima are many.
     ``details["start_values"]`` holds what each start reached; their spread is the honest uncertainty. On a classifier the
-    local maxima are indexed by the class that gets inflated, so one start is the box vertex that raises the mean logit of
-    the class whose vertex has the highest loss (one backward and one forward pass for each of up to ten classes; for
-    other outputs, each output raised and lowered). Then follow the antipode of the best point and random points.
+    local maxima are indexed by the class that gets inflated, so the first starts are box vertices that raise one class
+    against another, or raise or lower one (``starts.targeted_starts``). They race; zero, the antipode of the best point and
+    random vertices follow where the budget allows.
 
     Not invariant to rescaling layers of a ReLU network (Dinh et al. 2017), and BatchNorm's mode moves it 9 to 40 times.
 
@@ -40,14 +41,20 @@ class EpsilonBox:
         maximizer: the solver, or its name: "sign_frank_wolfe" (default, 24 gradients in all), "lbfgsb" (10 iterations of
             SciPy's L-BFGS-B, scaled so that they run), "lbfgsb_published" (the paper's call, which stops at once on
             well-trained networks).
-        max_targets: classes or outputs tried as starts.
-    Cost: about 24 gradients, and up to ``max_targets`` backward passes on at most 512 samples and as many forward passes.
+        max_targets: classes or outputs tried as starts; 0 for none.
+        sketch_samples: samples that tell which way a class goes; None for 64 to 1024 of them, about 2.5
+            gradients' worth.
+        eigenvectors: leading eigenvectors of the Hessian that are tried as starts before all others; they cost
+            Hessian-vector products.
+    Cost: 24 gradients, those that choose the starts included, and ``2 max_targets + 6`` forward passes.
     Source: Keskar et al. (2017), Metric 2.1 with A = I.
     """
 
     epsilon: float = 1e-3
     maximizer: Maximizer | str = field(default_factory=MultiStart)
     max_targets: int = 10
+    sketch_samples: int | None = None
+    eigenvectors: int = 0
 
     name: ClassVar[str] = "epsilon_box"
 
@@ -56,15 +63,22 @@ class EpsilonBox:
         keskar.solver(self.maximizer)
         if self.max_targets < 0:
             raise ValueError(f"max_targets must be at least 0, got {self.max_targets}")
+        if self.sketch_samples is not None and self.sketch_samples < 1:
+            raise ValueError(f"sketch_samples must be at least 1, or None, got {self.sketch_samples}")
+        if self.eigenvectors < 0:
+            raise ValueError(f"eigenvectors must be at least 0, got {self.eigenvectors}")
 
     def expected_passes(self, objective: Objective) -> float:
-        several = keskar.uses_proposals(self.maximizer)
-        return keskar.budget_of(self.maximizer) + (2 * self.max_targets if objective.has_classes and several else 0)
+        passes = keskar.budget_of(self.maximizer)
+        if keskar.uses_proposals(self.maximizer):
+            passes += 2 * self.max_targets + 6 + 4 * self.eigenvectors
+        return passes
 
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
         keskar.check_loss(objective.loss)
-        box = Box(self.epsilon * (objective.origin.abs() + 1))
-        maximum = keskar.maximize(self.maximizer, objective.value_and_grad, box, rng, self._targeted(objective, box))
+        box = Box.keskar(objective.origin, self.epsilon)
+        proposals, spent = self._starts(objective, box, rng)
+        maximum = keskar.maximize(self.maximizer, objective.value_and_grad, box, rng, proposals, spent=spent)
         e = maximum.perturbation
         value = keskar.sharpness(maximum.value, objective.loss)
         at_bound = box.share_at_bound(e)
@@ -102,23 +116,19 @@ class EpsilonBox:
             },
         )
 
-    def _targeted(self, objective: Objective, box: Box) -> Iterator[tuple[str, Tensor]]:
-        """The two vertices of highest loss among those that raise (or lower) one output; one forward pass ranks each."""
-        if not self.max_targets:
-            return
-        kept: list[tuple[float, str, Tensor]] = []
-        for k, gradient in objective.output_gradients(max_outputs=self.max_targets):
-            for sign, verb in ((1, "raised"), (-1, "lowered")):
-                if sign < 0 and objective.has_classes:
-                    continue  # lowering one class raises the others, which have vertices of their own
-                vertex = sign * box.ascent_vertex(gradient)
-                value = objective.value(vertex)
-                if math.isfinite(value):
-                    what = f"class {k}" if objective.has_classes else f"output {k} {verb}"
-                    kept.append((value, what, vertex))
-                    kept = sorted(kept, key=lambda entry: -entry[0])[:2]
-        for _, what, vertex in kept:
-            yield what, vertex
+    def _starts(self, objective: Objective, box: Box, rng: torch.Generator) -> tuple[Starts, int]:
+        """The starts, and the gradients that it took to choose them, rounded up."""
+        if not keskar.uses_proposals(self.maximizer):
+            return iter(()), 0
+        before = objective.cost.gradients
+        chosen = [
+            (name, park(point, box))
+            for name, point in itertools.chain(
+                starts.eigenvector_starts(objective, box, rng, self.eigenvectors),
+                starts.targeted_starts(objective, box, rng, self.max_targets, self.sketch_samples),
+            )
+        ]
+        return ((name, unpark(point, box)) for name, point in chosen), math.ceil(objective.cost.gradients - before)
 
 
 def _lost_in_rounding(origin: Tensor, perturbation: Tensor) -> float:

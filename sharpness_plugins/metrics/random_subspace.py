@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from .. import reductions, sampling
-from ..maximizers import Maximizer, MultiStart, SignFrankWolfe
+from ..maximizers import Ascent, Maximizer, MultiStart
 from ..objective import Objective
-from ..regions import Box, SignSubspace
+from ..regions import Box, Subspace
 from ..report import Kind, MetricResult, Status
+from ..subspace import SignSubspace
 from . import keskar
 
 __all__ = ["COLUMN_SCALES", "RandomSubspace"]
@@ -23,7 +23,7 @@ COLUMN_SCALES = ("unscaled", "unit", "matched")
 
 
 def _default_maximizer() -> MultiStart:
-    return MultiStart(solver=SignFrankWolfe(max_gradients=8), max_gradients=16)
+    return MultiStart(solver=Ascent(max_gradients=8), max_gradients=16)
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,12 @@ class RandomSubspace:
         solved: list[dict[str, Any]] = []
         for draw in range(self.draws):
             key = sampling.key_for(rng.initial_seed(), "columns", draw)
-            subspace = SignSubspace(objective.space, dim, key, scale=scale)
-            box = Box(self.epsilon * (subspace.coordinates(objective.origin).abs() + 1))
-
-            def fn(y: Tensor, subspace: SignSubspace = subspace) -> tuple[float, Tensor]:
-                value, gradient = objective.value_and_grad(subspace.lift(y))
-                return value, subspace.restrict(gradient)
-
+            columns = SignSubspace(objective.space, dim, key, scale=scale)
+            box = Box.keskar(columns.coordinates(objective.origin), self.epsilon)
+            fn = Subspace(columns, box).within(objective.value_and_grad)
             maximum = keskar.maximize(self.maximizer, fn, box, rng)
             values.append(keskar.sharpness(maximum.value, objective.loss))
-            norms.append(subspace.norm_of(maximum.perturbation))
+            norms.append(columns.norm_of(maximum.perturbation))
             at_bound.append(box.share_at_bound(maximum.perturbation))
             solved.append(keskar.described(maximum, objective.loss))
         error = statistics.stdev(values) / math.sqrt(self.draws) if self.draws > 1 else None

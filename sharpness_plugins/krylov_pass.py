@@ -1,0 +1,224 @@
+"""One Krylov pass for many metrics: they say what they need of an operator, and read one run and the same probes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from . import sampling
+from .krylov import LanczosRequest, LanczosResult
+from .lanczos import lanczos
+from .objective import Objective
+from .operators import Curvature, Operator
+from .report import MetricResult
+from .traces import Probes
+
+__all__ = ["KrylovMetric", "KrylovNeed", "KrylovPass", "KrylovSharing", "measure_alone", "measure_operator"]
+
+_WHOLE = 100  # parameters: so few have their whole matrix, and with it the multiplicities that one start does not see
+
+
+@dataclass(frozen=True)
+class KrylovNeed:
+    """What a metric asks of a Krylov space.
+
+    Args:
+        operator: which matrix; needs of equal ones are met by one run.
+        request: eigenvalues that must converge; None for none.
+        num_steps: of the space of the starting vector itself, where nothing must converge; a wish where something must,
+            since the run ends when it has.
+    """
+
+    operator: Curvature
+    request: LanczosRequest | None = None
+    num_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.request is None and self.num_steps < 1:
+            raise ValueError("a need without a request asks for at least one step, got num_steps = 0")
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """Needs with the same group can be met by one run; without a request, a need joins any run at the upper end."""
+        which, storage = ("LA", "full") if self.request is None else (self.request.which, self.request.storage)
+        return self.operator, which, storage
+
+
+@runtime_checkable
+class KrylovMetric(Protocol):
+    """A metric that can share a run: ``metric(objective, rng)`` is ``measure_alone(metric, objective, rng)``."""
+
+    def krylov_need(self) -> KrylovNeed | None:
+        """What it needs; None where these settings need something else, and the metric is called on its own."""
+
+    def from_krylov(self, shared: KrylovPass) -> MetricResult:
+        """The result, from a run that meets the need, and perhaps others."""
+
+
+class KrylovPass:
+    """A Lanczos run on an operator, its basis, and random probes outside of it; made once, read by every metric.
+
+    Attributes:
+        run: with its basis.
+        probes: made when a metric asks, and kept for the next one.
+        how, check: of the products of the run, see ``Operator``.
+    Cost: the products of the run, which are those of the most demanding need. Memory: its basis.
+    """
+
+    def __init__(self, operator: Operator, needs: Iterable[KrylovNeed], generator: torch.Generator) -> None:
+        self.operator, self.generator = operator, generator
+        start = sampling.normal(operator.dim, generator, operator.like)
+        request = merged(list(needs), operator.dim)
+        with operator.session():
+            self.run: LanczosResult = lanczos(operator.matvec, start, request, generator=generator)
+            self.how, self.check = operator.how(), operator.check()
+        self.probes = self.probes_without_basis(self.run)
+
+    def probes_without_basis(self, run: LanczosResult | None = None) -> Probes:
+        """New probes; outside of the basis of a run, if one is given."""
+        operator = self.operator
+        # a stream of its own: what else a metric draws does not change the probes of the next one
+        generator = sampling.generator_for(self.generator.initial_seed(), "probes")
+        return Probes(operator.matvec, operator.like, generator, run=run, blocks=operator.blocks)
+
+
+def merged(needs: list[KrylovNeed], dim: int) -> LanczosRequest:
+    """The request that meets all needs of one group on an operator of this size."""
+    steps = min(max(need.num_steps for need in needs), dim)
+    requests = [need.request for need in needs if need.request is not None]
+    if not requests:
+        # every Ritz pair is wanted, so that nothing but an exhausted space ends the run before its last step
+        return LanczosRequest(k=steps, guard=0, num_matvecs=steps, max_basis=steps + 2, keep_basis=True)
+    first, wanted = requests[0], max(request.wanted for request in requests)
+    k = min(max(request.k for request in requests), dim)
+    budget = max(request.num_matvecs for request in requests)
+    guard = max(request.guard for request in requests)
+    basis = max([wanted + 2, steps, *(request.max_basis or 2 * request.k + 4 for request in requests)])
+    if dim <= min(_WHOLE, budget):
+        guard, basis = dim - k, dim + 2
+    return replace(
+        first,
+        k=k,
+        tolerance=min(request.tolerance for request in requests),
+        num_matvecs=budget,
+        guard=guard,
+        check_multiplicity=any(request.check_multiplicity for request in requests),
+        max_basis=max(basis, k + guard * len(first.ends) + 2),
+        keep_basis=True,
+    )
+
+
+def measure_alone(metric: KrylovMetric, objective: Objective, rng: torch.Generator) -> MetricResult:
+    """A metric with a run of its own."""
+    need = metric.krylov_need()
+    if need is None:
+        raise TypeError(f"{metric!r} needs no Krylov run")
+    with objective.session():
+        operator = need.operator.on(objective)
+        return metric.from_krylov(KrylovPass(operator, [need], rng))
+
+
+def measure_operator(
+    operator: Operator, metrics: Mapping[str, KrylovMetric] | Iterable[KrylovMetric], *, seed: int = 0
+) -> dict[str, MetricResult]:
+    """Metrics of an operator that is no objective's, from one run.
+
+    >>> from sharpness_plugins.operators import from_linear_operator
+    >>> measure_operator(from_linear_operator(HessianLinearOperator(...)), [HessianTrace()])     # doctest: +SKIP
+
+    Args:
+        metrics: their settings count, but not which matrix of an objective they would measure.
+    Raises:
+        ValueError: a metric has no need that a run meets, or the metrics want different ends of the spectrum.
+    """
+    named = dict(metrics) if isinstance(metrics, Mapping) else {getattr(m, "name", type(m).__name__): m for m in metrics}
+    needs = {}
+    for name, metric in named.items():
+        need = metric.krylov_need()
+        if need is None:
+            raise ValueError(f"{name} with these settings does not read a Krylov run, so it cannot measure an operator")
+        needs[name] = need
+    if len({need.group[1:] for need in needs.values()}) > 1:
+        raise ValueError("these metrics want different ends of the spectrum, or another storage: measure them one by one")
+    shared = KrylovPass(operator, needs.values(), sampling.generator_for(seed, "krylov"))
+    return {name: metric.from_krylov(shared) for name, metric in named.items()}
+
+
+class KrylovSharing:
+    """Which metrics of a measurement share a run; makes it when the first of them is measured, frees it after the last.
+
+    A group of one is not shared: that metric is called as it is.
+    """
+
+    def __init__(self, metrics: Mapping[str, object], seed: int) -> None:
+        self._seed = seed
+        asking: dict[str, tuple[KrylovMetric, KrylovNeed]] = {}
+        for key, metric in metrics.items():
+            if isinstance(metric, KrylovMetric) and (need := _need_of(metric)) is not None:
+                asking[key] = metric, need
+        groups = [need.group for _, need in asking.values()]
+        self._members = {key: entry for key, entry in asking.items() if groups.count(entry[1].group) > 1}
+        self._waiting = set(self._members)
+        self._passes: dict[tuple[Any, ...], KrylovPass | str] = {}
+        self._payers: dict[tuple[Any, ...], str] = {}
+
+    def peers(self, key: str) -> list[str]:
+        """The other metrics of the group; empty for a metric that shares nothing."""
+        if key not in self._members:
+            return []
+        return [other for other in self._of(self._members[key][1].group) if other != key]
+
+    def measure(self, key: str, objective: Objective) -> MetricResult:
+        """The result of a metric that has peers; says who paid for the run.
+
+        Raises:
+            RuntimeError: the run failed already when another metric of the group was measured.
+        """
+        metric, need = self._members[key]
+        self._waiting.discard(key)
+        try:
+            shared = self._pass(key, need.group, objective)
+            with objective.session():
+                result = metric.from_krylov(shared)
+        finally:
+            if not self._waiting & set(self._of(need.group)):
+                self._passes.pop(need.group, None)
+        payer, others = self._payers[need.group], ", ".join(self.peers(key))
+        run = f"{shared.run.num_matvecs} products of one Krylov run"
+        said = f"paid for the {run}, which {others} read, too" if payer == key else f"read the {run} that {payer} paid for"
+        details = {**result.details, "run_shared_with": self.peers(key), "run_paid_by": payer}
+        status = replace(result.status, message=f"{result.status.message}; {said}".lstrip("; "))
+        return replace(result, status=status, details=details)
+
+    def _of(self, group: tuple[Any, ...]) -> list[str]:
+        return [key for key, (_, need) in self._members.items() if need.group == group]
+
+    def _pass(self, key: str, group: tuple[Any, ...], objective: Objective) -> KrylovPass:
+        made = self._passes.get(group)
+        if isinstance(made, KrylovPass):
+            return made
+        if made is not None:
+            raise RuntimeError(f"the Krylov run shared with {self._payers[group]} failed: {made}")
+        self._payers[group] = key
+        needs = [self._members[member][1] for member in self._of(group)]
+        rng = sampling.generator_for(self._seed, "krylov", repr(group))  # by what is measured, not by who asks first
+        try:
+            with objective.session():
+                made = KrylovPass(needs[0].operator.on(objective), needs, rng)
+        except Exception as error:
+            self._passes[group] = f"{type(error).__name__}: {error}"  # its frames would keep the basis
+            raise
+        self._passes[group] = made
+        return made
+
+
+def _need_of(metric: KrylovMetric) -> KrylovNeed | None:
+    """What a metric asks for; None where asking fails, since calling the metric will say why."""
+    try:
+        need = metric.krylov_need()
+    except Exception:
+        return None
+    return need if isinstance(need, KrylovNeed) else None

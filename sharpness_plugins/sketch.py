@@ -1,0 +1,102 @@
+"""The model on a few of the samples: the mean outputs there, and which way they go, at little cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import sampling
+from .batches import Batch
+from .evaluation import Evaluator, WeightlessError
+from .losses import logits_of
+
+__all__ = ["Sketch"]
+
+
+class Sketch:
+    """Evaluations of a model on a few samples, made by ``Objective.sketch``; each costs ``share`` of a whole one.
+
+    Attributes:
+        share: of all samples.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        batches: Sequence[Batch],
+        share: float,
+        *,
+        session: Callable[[], AbstractContextManager[None]],
+        spend: Callable[[str, float], None],
+        seed: int,
+    ) -> None:
+        self._evaluator, self._batches, self.share = evaluator, batches, share
+        self._session, self._spend, self._seed = session, spend, seed
+        self._origin = evaluator.space.origin
+
+    def probabilities(self) -> Tensor | None:
+        """Mean softmax of the outputs, shape ``(num_outputs,)``; None where the model's output is not a tensor of scores."""
+        sums: list[Tensor] = []
+        with self._session(), torch.no_grad():
+            for batch in self._seeded():
+                scores = self._with_scores(self._origin, batch, lambda scores: scores)
+                if scores is None:
+                    return None
+                sums.append(scores.softmax(1).sum(0))
+        self._spend("values", self.share)
+        return torch.stack(sums).sum(0)
+
+    def gradient(self, direction: Tensor) -> Tensor | None:
+        """Gradient of ``<direction, mean output>`` at the origin, shape ``(dim,)``; None where it does not exist.
+
+        Args:
+            direction: shape ``(num_outputs,)``.
+        """
+        gradient: Tensor | None = None
+        with self._session():
+            leaf = self._origin.clone().requires_grad_()
+
+            def differentiated(scores: Tensor) -> Tensor | None:
+                along = scores.sum(0) @ direction.to(scores)
+                return torch.autograd.grad(along, leaf, allow_unused=True)[0] if along.requires_grad else None
+
+            for batch in self._seeded():
+                found = self._with_scores(leaf, batch, differentiated)
+                if found is None:
+                    return None
+                gradient = found if gradient is None else gradient.add_(found)
+        self._spend("gradients", self.share)
+        return gradient
+
+    def _seeded(self) -> Any:
+        for batch in self._batches:
+            sampling.seed_global(self._seed + batch.position, self._origin.device)
+            yield batch
+
+    def _with_scores(self, flat: Tensor, batch: Batch, use: Callable[[Tensor], Tensor | None]) -> Tensor | None:
+        """``use`` of the model's output on the batch as rows of scores, shape ``(positions, outputs)``."""
+        seen: list[Any] = []
+        handle = self._evaluator.module.register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            return self._evaluator.loss(flat, batch, lambda loss, weight: self._used(seen, use))
+        except WeightlessError:
+            return None
+        finally:
+            handle.remove()
+
+    def _used(self, seen: list[Any], use: Callable[[Tensor], Tensor | None]) -> Tensor | None:
+        try:
+            scores = logits_of(seen[-1], "sketch")
+        except (TypeError, IndexError):  # no tensor of scores, or the model itself was never called
+            return None
+        if not scores.is_floating_point() or scores.ndim < 2:
+            return None
+        rule = self._evaluator.rule
+        axis = None if rule is None else rule.class_axis
+        if axis is None:
+            return use(scores.flatten(1))
+        return use(scores.movedim(axis, -1).reshape(-1, scores.shape[axis]))
