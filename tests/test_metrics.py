@@ -110,7 +110,8 @@ def test_epsilon_box_grows_with_the_box_and_reports_what_it_did():
         assert 0 < details["perturbation_norm"] <= details["box_norm"] * (1 + 1e-12)
         assert 0 < details["share_at_bound"] <= 1
         assert max(details["start_values"]) == pytest.approx(result.value, rel=1e-12)
-        assert all("against" in name for name in details["start_names"][:2])
+        assert {name.split()[-1] for name in details["start_names"][:2]} == {"raised", "lowered"}
+        assert details["start_names"][2] == "zero"
         assert sum(details["start_gradients"]) == details["gradients_in_solver"]
         assert details["gradients_in_solver"] <= 24
         assert result.value == pytest.approx(100 * (details["max_loss"] - objective.loss) / (1 + objective.loss))
