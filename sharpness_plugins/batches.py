@@ -19,7 +19,7 @@ from . import sampling
 from .errors import LoaderError, MeasurementWarning
 from .memory import free_bytes
 
-__all__ = ["LABEL_KEYS", "Batch", "BatchSource", "count_samples", "head", "map_tensors", "tensors_of", "thinned"]
+__all__ = ["LABEL_KEYS", "Batch", "BatchSource", "count_samples", "map_tensors", "rows_of", "tensors_of", "thinned"]
 
 LABEL_KEYS = ("labels", "label", "label_ids")
 
@@ -115,31 +115,31 @@ def _moves_itself(leaf: Any) -> bool:
     return callable(getattr(leaf, "to", None)) and hasattr(leaf, "__dict__") and not isinstance(leaf, type)
 
 
-def head(batch: Any, count: int, of: int) -> Any:
-    """The first ``count`` of the ``of`` samples: in every tensor, and in lists of strings and the like beside them."""
-    return _rows(batch, slice(count), of)
-
-
 def thinned(batch: Batch, count: int) -> Batch:
     """About ``count`` of the samples, at least one, evenly spaced; all of them if there are no more, or none can be told."""
     if batch.num_samples is None or batch.num_samples <= count:
         return batch
     every = -(-batch.num_samples // max(count, 1))
     return batch._replace(
-        data=_rows(batch.data, slice(None, None, every), batch.num_samples), num_samples=-(-batch.num_samples // every)
+        data=rows_of(batch.data, slice(None, None, every), batch.num_samples), num_samples=-(-batch.num_samples // every)
     )
 
 
-def _rows(batch: Any, rows: slice, of: int) -> Any:
+def rows_of(batch: Any, rows: slice, of: int) -> Any:
+    """Some of the ``of`` samples: in every tensor, and in lists of strings and the like beside them."""
     if isinstance(batch, (list, tuple)) and len(batch) == of and not _all_tensors(batch):
         return batch[rows]
-    if isinstance(batch, Tensor):
-        return batch[rows] if batch.ndim and batch.shape[0] == of else batch
     if type(batch) in (list, tuple):
-        return type(batch)(_rows(entry, rows, of) for entry in batch)
+        return type(batch)(rows_of(entry, rows, of) for entry in batch)
     if type(batch) is dict:
-        return {key: _rows(entry, rows, of) for key, entry in batch.items()}
-    return map_tensors(batch, lambda tensor: tensor[rows] if tensor.ndim and tensor.shape[0] == of else tensor)
+        return {key: rows_of(entry, rows, of) for key, entry in batch.items()}
+
+    def cut(leaf: Tensor) -> Tensor:
+        if not isinstance(leaf, Tensor):  # a packed sequence
+            raise TypeError(f"a {type(leaf).__name__} cannot be cut by samples")
+        return leaf[rows] if leaf.ndim and leaf.shape[0] == of else leaf
+
+    return map_tensors(batch, cut)
 
 
 def _num_bytes(batch: Any) -> int:
@@ -334,7 +334,7 @@ class BatchSource:
             count = count_samples(data)
             if left is not None and count is not None:
                 if count > left:
-                    data, count = head(data, left, of=count), left
+                    data, count = rows_of(data, slice(left), of=count), left
                 left -= count
             yield Batch(position, data, count)
             if left == 0:

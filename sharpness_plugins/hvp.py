@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from . import reductions, sampling
-from .batches import Batch, map_tensors, tensors_of
+from .batches import Batch, map_tensors, rows_of, tensors_of
 from .errors import SecondDerivativeError
 from .evaluation import CutOffError, Evaluator, WeightlessError, gradient_of
 from .memory import free_bytes, is_out_of_memory
-from .micro_batches import Part, part_of
+from .micro_batches import Part
 
 __all__ = ["HVP_MODES", "HessianProducts"]
 
@@ -391,7 +391,7 @@ def _heads(batch: Batch) -> Iterator[Batch]:
     count = batch.num_samples
     if count is not None and count > _PROBE_SAMPLES:
         with contextlib.suppress(Exception):
-            data = part_of(batch.data, 0, _PROBE_SAMPLES, count)
+            data = rows_of(batch.data, slice(_PROBE_SAMPLES), count)
             yield batch._replace(data=data, num_samples=_PROBE_SAMPLES)
     yield batch
 

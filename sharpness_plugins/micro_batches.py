@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
-from .batches import Batch, map_tensors, tensors_of
+from .batches import Batch, rows_of
 from .memory import is_out_of_memory
 
-__all__ = ["MicroBatches", "Part", "part_of"]
+__all__ = ["MicroBatches", "Part"]
 
 T = TypeVar("T")
 
@@ -22,23 +21,6 @@ class Part(NamedTuple):
 
     batch: Batch
     start: int
-
-
-def part_of(batch: Any, start: int, stop: int, of: int) -> Any:
-    """Samples ``start`` to ``stop`` of ``of``: in every tensor, and in lists of strings and the like beside them."""
-    if isinstance(batch, (list, tuple)) and len(batch) == of and not tensors_of(batch):
-        return batch[start:stop]
-    if type(batch) in (list, tuple):
-        return type(batch)(part_of(entry, start, stop, of) for entry in batch)
-    if type(batch) is dict:
-        return {key: part_of(entry, start, stop, of) for key, entry in batch.items()}
-
-    def cut(leaf: Tensor) -> Tensor:
-        if not isinstance(leaf, Tensor):  # a packed sequence
-            raise TypeError(f"a {type(leaf).__name__} cannot be cut by samples")
-        return leaf[start:stop] if leaf.ndim and leaf.shape[0] == of else leaf
-
-    return map_tensors(batch, cut)
 
 
 class MicroBatches:
@@ -89,7 +71,7 @@ class MicroBatches:
         if self.size is None or of is None or of <= self.size:
             return Part(batch, start)
         stop = min(start + self.size, of)
-        return Part(batch._replace(data=part_of(batch.data, start, stop, of), num_samples=stop - start), start)
+        return Part(batch._replace(data=rows_of(batch.data, slice(start, stop), of), num_samples=stop - start), start)
 
     def _cannot_halve(self, batch: Batch) -> str | None:
         if batch.num_samples is None:

@@ -320,7 +320,7 @@ class Objective:
             batches = self._source.some(max_samples)
         taken = sum(batch.num_samples or 0 for batch in batches)
         share = taken / self.num_samples if self.num_samples else len(batches) / self.num_batches
-        return Sketch(self._evaluator, batches, min(share, 1.0), session=self.session, spend=self._spend, seed=self._seed)
+        return Sketch(self._evaluator, batches, min(share, 1.0), session=self.session, spend=self._spend)
 
     @property
     def has_classes(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import scipy.optimize
@@ -23,6 +23,7 @@ __all__ = [
     "Region",
     "SteppedRegion",
     "Subspace",
+    "ValueAndGrad",
     "VertexStep",
     "stepped",
 ]
@@ -409,9 +410,6 @@ class _PlainSteps:
     """The steps of any region, made of its projection and vertex; a unit of length is the plain one."""
 
     region: Region
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.region, name)
 
     def project(self, perturbation: Tensor) -> Tensor:
         return self.region.project(perturbation)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import sampling
 from .batches import Batch
 from .evaluation import Evaluator, WeightlessError
 from .losses import logits_of
@@ -32,10 +31,9 @@ class Sketch:
         *,
         session: Callable[[], AbstractContextManager[None]],
         spend: Callable[[str, float], None],
-        seed: int,
     ) -> None:
         self._evaluator, self._batches, self.share = evaluator, batches, share
-        self._session, self._spend, self._seed = session, spend, seed
+        self._session, self._spend = session, spend
         self._origin = evaluator.space.origin
 
     def probabilities(self) -> Tensor | None:
@@ -74,7 +72,7 @@ class Sketch:
 
     def _seeded(self) -> Any:
         for batch in self._batches:
-            sampling.seed_global(self._seed + batch.position, self._origin.device)
+            self._evaluator.seed(batch.position)
             yield batch
 
     def _with_scores(self, flat: Tensor, batch: Batch, use: Callable[[Tensor], Tensor | None]) -> Tensor | None:

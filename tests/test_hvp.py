@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import oracles
+from sharpness_plugins.batches import rows_of
 from sharpness_plugins.errors import SecondDerivativeError
 from sharpness_plugins.hvp import HVP_MODES
 from sharpness_plugins.memory import is_out_of_memory
-from sharpness_plugins.micro_batches import part_of
 from sharpness_plugins.objective import Objective
 
 F64 = torch.float64
@@ -474,7 +474,7 @@ def test_only_a_lack_of_memory_is_one():
 
 def test_parts_of_nested_batches():
     batch = {"x": torch.arange(10), "names": list("abcdefghij"), "pair": (torch.ones(10, 2), torch.tensor(3.0)), "k": 7}
-    parts = [part_of(batch, start, min(start + 4, 10), 10) for start in (0, 4, 8)]
+    parts = [rows_of(batch, slice(start, start + 4), 10) for start in (0, 4, 8)]
     assert torch.equal(torch.cat([part["x"] for part in parts]), batch["x"])
     assert [name for part in parts for name in part["names"]] == batch["names"]
     assert [part["pair"][0].shape[0] for part in parts] == [4, 4, 2]

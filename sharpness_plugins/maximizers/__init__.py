@@ -13,7 +13,6 @@ from .ascent import (
     StepRule,
     ToVertex,
     apgd,
-    sign_frank_wolfe,
     spectral_projected_gradient,
 )
 from .core import BestSoFar, Maximizer, Maximum, Proposals, ValueAndGrad
@@ -42,7 +41,6 @@ __all__ = [
     "apgd",
     "maximizer_named",
     "park",
-    "sign_frank_wolfe",
     "spectral_projected_gradient",
     "unpark",
 ]

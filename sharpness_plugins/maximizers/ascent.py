@@ -38,7 +38,6 @@ __all__ = [
     "StepRule",
     "ToVertex",
     "apgd",
-    "sign_frank_wolfe",
     "spectral_projected_gradient",
 ]
 
@@ -98,8 +97,8 @@ class Climb:
 class Direction(Protocol):
     """Where a step goes; how far is the step rule's affair."""
 
-    def unit(self, slope: float, dim: int) -> float:
-        """A step length that suits a point where the region's slope (``max <g, e>``) is this."""
+    def unit(self, climb: Climb) -> float:
+        """A step length that suits the point."""
 
     def step(self, climb: Climb, length: float, previous: Tensor | None = None, momentum: float = 1.0) -> float:
         """Write ``climb.next``; returns ``<gradient, next - y>``, not finite where the gradient is not.
@@ -115,7 +114,7 @@ class ToVertex:
     Source: Frank and Wolfe (1956); with full steps, Journée et al., Generalized power method for sparse PCA (2010).
     """
 
-    def unit(self, slope: float, dim: int) -> float:
+    def unit(self, climb: Climb) -> float:
         return 1.0
 
     def step(self, climb: Climb, length: float, previous: Tensor | None = None, momentum: float = 1.0) -> float:
@@ -128,7 +127,7 @@ class ToVertex:
 class AlongSign:
     """Along the vertex of the gradient, and back into the region: steepest ascent in the region's own norm."""
 
-    def unit(self, slope: float, dim: int) -> float:
+    def unit(self, climb: Climb) -> float:
         return 1.0
 
     def step(self, climb: Climb, length: float, previous: Tensor | None = None, momentum: float = 1.0) -> float:
@@ -143,8 +142,9 @@ class AlongGradient:
     Its unit sends a coordinate of mean slope half a width.
     """
 
-    def unit(self, slope: float, dim: int) -> float:
-        return dim / (2 * slope) if slope > 0 else 1.0
+    def unit(self, climb: Climb) -> float:
+        slope = climb.region.vertex_step(None, climb.y, climb.gradient).slope
+        return climb.y.numel() / (2 * slope) if slope > 0 else 1.0
 
     def step(self, climb: Climb, length: float, previous: Tensor | None = None, momentum: float = 1.0) -> float:
         told = climb.region.projected_step(climb.next, climb.y, previous, climb.gradient, length, momentum, signed=False)
@@ -171,8 +171,7 @@ class Backtracking:
         gained = math.inf
         rounding = 8 * torch.finfo(climb.y.dtype).eps
         while True:
-            slope = _slope(climb) if not isinstance(direction, ToVertex) else 0.0
-            length = direction.unit(slope, climb.y.numel())
+            length = direction.unit(climb)
             gap = direction.step(climb, length)
             if math.isnan(gap):
                 return NOT_FINITE, False
@@ -239,8 +238,7 @@ class Halving:
 
     def run(self, climb: Climb, direction: Direction, tolerance: float) -> tuple[str, bool]:
         checkpoints = self._checkpoints(climb.evaluations.budget - climb.evaluations.gradients)
-        slope = _slope(climb) if not isinstance(direction, ToVertex) else 0.0
-        length = self.length * direction.unit(slope, climb.y.numel())
+        length = self.length * direction.unit(climb)
         rises = steps = last = 0
         unchanged = False  # the length, at the checkpoint before
         best_then = climb.best_value
@@ -292,7 +290,7 @@ class Spectral:
             raise ValueError(f"memory must be at least 1, got {self.memory}")
 
     def run(self, climb: Climb, direction: Direction, tolerance: float) -> tuple[str, bool]:
-        unit = length = direction.unit(_slope(climb), climb.y.numel())
+        unit = length = direction.unit(climb)
         recent = deque([climb.value], maxlen=self.memory)
         while True:
             ascent = direction.step(climb, length)
@@ -367,14 +365,6 @@ class Ascent:
             self._warm_up(climb)
         return self._finished(climb)
 
-    def resume(self, fn: ValueAndGrad, region: Region, maximum: Maximum) -> Maximum:
-        """Ascend on from a point whose value and gradient are known; no gradient is spent on it again."""
-        if maximum.gradient is None:
-            raise ValueError("resume needs a maximum whose gradient is known")
-        y = maximum.perturbation.clone()
-        climb = Climb(Evaluations(fn, self.max_gradients), stepped(region), y, maximum.value, maximum.gradient)
-        return self._finished(climb)
-
     def _warm_up(self, climb: Climb) -> None:
         for fraction in self.warm_up:
             if climb.spent or not climb.region.linear_point(climb.next, climb.gradient, fraction) > 0:
@@ -408,11 +398,6 @@ class Ascent:
         )
 
 
-def sign_frank_wolfe(max_gradients: int = 12, **settings: object) -> Ascent:
-    """Frank–Wolfe with full steps from vertex to vertex, also known as the generalized power method: monotone."""
-    return Ascent(ToVertex(), Backtracking(), max_gradients, **settings)  # type: ignore[arg-type]
-
-
 def apgd(max_gradients: int = 24) -> Ascent:
     """Auto-PGD: steps along the sign of the gradient with momentum, of a length that halves where it does not pay.
 
@@ -427,7 +412,3 @@ def spectral_projected_gradient(max_gradients: int = 24) -> Ascent:
     Source: Birgin, Martínez and Raydan (2000), SPG2.
     """
     return Ascent(AlongGradient(), Spectral(), max_gradients, warm_up=())
-
-
-def _slope(climb: Climb) -> float:
-    return climb.region.vertex_step(None, climb.y, climb.gradient).slope

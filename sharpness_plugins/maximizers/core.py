@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..regions import Region, stepped
+from ..regions import Region, ValueAndGrad, stepped
 from ..report import Status
 
 __all__ = ["BestSoFar", "Evaluations", "Maximizer", "Maximum", "Proposals", "ValueAndGrad"]
 
-ValueAndGrad = Callable[[Tensor], tuple[float, Tensor]]
 Proposals = Iterable[tuple[str, Tensor]]
 
 
@@ -73,7 +72,7 @@ class Maximizer(Protocol):
 
 
 class Evaluations:
-    """A function with a budget of evaluations, and the best value seen."""
+    """A function with a budget of evaluations."""
 
     def __init__(self, fn: ValueAndGrad, budget: int) -> None:
         self._fn = fn
