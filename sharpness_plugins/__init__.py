@@ -12,7 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import metrics
+    from . import metrics, schedules
+    from .controller import BatchChange, BatchController
     from .errors import (
         DuplicateNameError,
         LoaderError,
@@ -25,8 +26,24 @@ if TYPE_CHECKING:
         UnknownNameError,
     )
     from .measure import measure_sharpness
+    from .noise_scale import NoiseScaleMeter
     from .objective import Objective
-    from .registry import MetricSpec, available_metrics, get_metric, hookimpl, metric
+    from .registry import (
+        CouplingSpec,
+        MetricSpec,
+        ScheduleSpec,
+        SignalSpec,
+        available_couplings,
+        available_metrics,
+        available_schedules,
+        available_signals,
+        get_coupling,
+        get_metric,
+        get_schedule,
+        get_signal,
+        hookimpl,
+        metric,
+    )
     from .report import Cost, Kind, MetricResult, SharpnessReport, Status
 
 __all__ = [
@@ -42,6 +59,19 @@ __all__ = [
     "available_metrics",
     "get_metric",
     "MetricSpec",
+    "BatchController",
+    "BatchChange",
+    "NoiseScaleMeter",
+    "schedules",
+    "available_schedules",
+    "get_schedule",
+    "ScheduleSpec",
+    "available_signals",
+    "get_signal",
+    "SignalSpec",
+    "available_couplings",
+    "get_coupling",
+    "CouplingSpec",
     "hookimpl",
     "SharpnessError",
     "LoaderError",
@@ -57,7 +87,11 @@ __all__ = [
 _HOME = {
     "measure_sharpness": "measure",
     "Objective": "objective",
-    **dict.fromkeys(("MetricSpec", "available_metrics", "get_metric", "hookimpl", "metric"), "registry"),
+    "NoiseScaleMeter": "noise_scale",
+    **dict.fromkeys(("BatchChange", "BatchController"), "controller"),
+    **dict.fromkeys(("CouplingSpec", "MetricSpec", "ScheduleSpec", "SignalSpec", "hookimpl", "metric"), "registry"),
+    **dict.fromkeys(("available_couplings", "available_metrics", "available_schedules", "available_signals"), "registry"),
+    **dict.fromkeys(("get_coupling", "get_metric", "get_schedule", "get_signal"), "registry"),
     **dict.fromkeys(("Cost", "Kind", "MetricResult", "SharpnessReport", "Status"), "report"),
 }
 
@@ -67,8 +101,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("sharpness-plugins")
-    if name == "metrics":
-        return importlib.import_module(f"{__name__}.metrics")
+    if name in ("metrics", "schedules"):
+        return importlib.import_module(f"{__name__}.{name}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)
 
 

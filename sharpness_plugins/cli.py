@@ -1,4 +1,4 @@
-"""The console script ``sharpness``: demo, measure, list, doctor.
+"""The console script ``sharpness``: demo, warm-start, measure, list, doctor.
 
 Heavy modules are imported by the sub-command that needs them, so that ``--help`` and ``list`` answer at once.
 """
@@ -6,7 +6,6 @@ Heavy modules are imported by the sub-command that needs them, so that ``--help`
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import importlib
 import importlib.util
@@ -14,7 +13,6 @@ import inspect
 import json
 import os
 import platform
-import re
 import shutil
 import sys
 import time
@@ -26,12 +24,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from .errors import MeasurementWarning, PluginWarning, SharpnessError, UnknownNameError, did_you_mean
+from .errors import MeasurementWarning, PluginWarning, SharpnessError, UnknownNameError, did_you_mean, missing_dependency
+from .texts import name_and_settings
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .experiments.demo import DemoEvent
+    from .experiments.curve import WarmStartCurve
+    from .experiments.demo import DemoResult
+    from .experiments.recipes import ExperimentEvent
+    from .registry import Offer
 
 __all__ = ["main"]
 
@@ -129,8 +131,9 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sharpness", description="How sharp is this minimum? Sharpness measured on any PyTorch model.")
     parser.add_argument("--version", action="version", version=f"sharpness-plugins {_version('sharpness-plugins')}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{demo,measure,list,doctor}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="{demo,warm-start,measure,list,doctor}")
     _add_demo(commands)
+    _add_warm_start(commands)
     _add_measure(commands)
     _add_list(commands)
     _add_doctor(commands)
@@ -143,13 +146,12 @@ def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="small against large batches on real digits: trains, measures, prints one table (a minute or two)",
-        description="Trains one network on scikit-learn's digits with each batch size to the same training loss, "
-        "measures the sharpness of every minimum, and compares with Keskar et al. (2017). Needs sharpness-plugins[demo].",
+        description="Trains one network on scikit-learn's digits with each batch size, and with a few epochs of the "
+        "smallest before the largest, to the same training loss, measures the sharpness of every minimum, and compares "
+        "with Keskar et al. (2017). Needs sharpness-plugins[demo].",
     )
     demo.add_argument("--seeds", type=int, default=3, metavar="N", help="number of repetitions (default: 3)")
-    demo.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=[16, 50, 150, 500], metavar="B", help="default: 16 50 150 500"
-    )
+    demo.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 100, 500], metavar="B", help="default: 16 100 500")
     demo.add_argument("--device", default="cpu", help="default: cpu")
     demo.add_argument(
         "--out",
@@ -160,6 +162,36 @@ def _add_demo(commands: Any) -> None:
     )
     demo.add_argument("--quiet", action="store_true", help="no progress")
     demo.set_defaults(command=_demo)
+
+
+def _add_warm_start(commands: Any) -> None:
+    warm = commands.add_parser(
+        "warm-start",
+        help="what large batches gain from a few epochs of small ones before: the paper's Figure 5 (two to four minutes)",
+        description="Trains a network on scikit-learn's digits, a tenth of the labels wrong, with small batches; after so "
+        "many epochs large batches take over, and go to the same training loss. Prints accuracy, sharpness and cost of "
+        "every warm start beside the cold start, seed by seed. Needs sharpness-plugins[demo].",
+    )
+    warm.add_argument("--epochs", type=int, nargs="+", metavar="N", help="of small batches (default: 0 5 12 25 50)")
+    warm.add_argument("--seeds", type=int, metavar="N", help="number of repetitions (default: 6)")
+    warm.add_argument("--small-batch", type=int, default=8, metavar="B", help="default: 8")
+    warm.add_argument("--large-batch", type=int, default=400, metavar="B", help="default: 400")
+    warm.add_argument(
+        "--match",
+        default="loss:0.005",
+        metavar="WHAT:VALUE",
+        help="where every training ends: loss:0.005 (default), epochs:60, steps:1000",
+    )
+    warm.add_argument("--quick", action="store_true", help="2 seeds and epochs 0 12 unless told: half a minute")
+    warm.add_argument(
+        "--out",
+        type=Path,
+        default=Path("sharpness-warm-start"),
+        metavar="DIR",
+        help="folder to write (default: sharpness-warm-start)",
+    )
+    warm.add_argument("--quiet", action="store_true", help="no progress")
+    warm.set_defaults(command=_warm_start)
 
 
 def _add_measure(commands: Any) -> None:
@@ -190,8 +222,12 @@ def _add_measure(commands: Any) -> None:
 
 
 def _add_list(commands: Any) -> None:
-    listing = commands.add_parser("list", help="the metrics at hand, and where they come from")
+    listing = commands.add_parser(
+        "list", help="metrics, batch-size schedules, signals and couplings, and where they come from"
+    )
     listing.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="of names: 'hessian*' (default: all)")
+    kinds = ["metric", "schedule", "signal", "coupling"]
+    listing.add_argument("--kind", choices=kinds, help="of what (default: all)")
     listing.add_argument("--json", action="store_true", help="print JSON")
     listing.set_defaults(command=_list)
 
@@ -201,7 +237,7 @@ def _add_doctor(commands: Any) -> None:
     doctor.set_defaults(command=_doctor)
 
 
-# --- demo
+# --- demo and warm start
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -213,22 +249,59 @@ def _demo(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise CommandError(str(error)) from None
     arguments.out.mkdir(parents=True, exist_ok=True)  # before two minutes of work, not after
-    listener = None if arguments.quiet else DemoProgress(sys.stderr)
+    listener = None if arguments.quiet else ExperimentProgress(sys.stderr)
     result = run_demo(settings, listener=listener)
-    files = result.write(arguments.out)
+    return _written(result, arguments.out)
+
+
+def _written(result: DemoResult | WarmStartCurve, folder: Path) -> int:
+    files = result.write(folder)
     print(result)
-    print(f"\nWrote {', '.join(path.name for path in files)} to {arguments.out}{os.sep} ({result.seconds:.0f} s)")
+    print(f"\nWrote {', '.join(path.name for path in files)} to {folder}{os.sep} ({result.seconds:.0f} s)")
     return METRIC_FAILED if result.failed else OK
 
 
-class DemoProgress:
+def _warm_start(arguments: argparse.Namespace) -> int:
+    from .experiments.curve import WarmStartSettings
+    from .experiments.data import digits_noisy_split
+    from .experiments.match import Match
+    from .experiments.networks import noisy_digits_network
+    from .experiments.warm_start import WarmStartInterrupted, run_warm_start
+
+    seeds = arguments.seeds if arguments.seeds is not None else (2 if arguments.quick else 6)
+    epochs = arguments.epochs or ([0, 12] if arguments.quick else [0, 5, 12, 25, 50])
+    missing_dependency("matplotlib.figure", extra="demo", purpose="the picture of the warm start")
+    try:
+        settings = WarmStartSettings(
+            arguments.small_batch,
+            arguments.large_batch,
+            tuple(epochs),
+            tuple(range(seeds)),
+            Match.parse(arguments.match),
+            title="ReLU network 64-128-128-10, 800 digits with 10 % of the labels wrong",
+        )
+        settings.check(digits_noisy_split(0))
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    arguments.out.mkdir(parents=True, exist_ok=True)  # before minutes of work, not after
+    listener = None if arguments.quiet else ExperimentProgress(sys.stderr)
+    try:
+        curve = run_warm_start(settings, noisy_digits_network, digits_noisy_split, listener=listener)
+    except WarmStartInterrupted as stop:
+        _written(stop.curve, arguments.out)
+        print(f"sharpness: interrupted after {len(stop.curve.runs)} of {seeds} seeds", file=sys.stderr)
+        return INTERRUPTED
+    return _written(curve, arguments.out)
+
+
+class ExperimentProgress:
     """One line per finished network, anywhere; on a terminal also a line redrawn in place."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._drawn_at = 0.0
 
-    def __call__(self, event: DemoEvent) -> None:
+    def __call__(self, event: ExperimentEvent) -> None:
         on_terminal, now = self._stream.isatty(), time.monotonic()
         if event.finished:
             self._stream.write((CLEAR_LINE if on_terminal else "") + f"{event}\n")
@@ -271,7 +344,7 @@ def _devices() -> list[str]:
 def _measure(arguments: argparse.Namespace) -> int:
     from . import measure_sharpness
 
-    asked = [parse_metric(text) for text in arguments.metric or ()]
+    asked = [_asked(text) for text in arguments.metric or ()]
     _check_device(arguments.device)
     with _importable_from_here():
         settings = _setup(arguments.setup, allowed=list(inspect.signature(measure_sharpness).parameters))
@@ -295,34 +368,11 @@ def _measure(arguments: argparse.Namespace) -> int:
     return METRIC_FAILED if failed else OK
 
 
-def parse_metric(text: str) -> tuple[str, dict[str, Any]]:
-    """``"epsilon_box:epsilon=5e-4,starts=(1, 2)"`` to the name and its settings; values are Python literals, or text.
-
-    A name may itself hold a colon (``plugin:metric``): settings begin at the first colon that ``key=`` follows.
-    """
-    name, *tail = re.split(r":(?=\s*\w+\s*=)", text, maxsplit=1)
-    settings: dict[str, Any] = {}
-    for part in _split_at_commas(tail[0] if tail else ""):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or not key.isidentifier():
-            raise CommandError(f"metric {text!r}: {part.strip()!r} is not KEY=VALUE. Example: epsilon_box:epsilon=5e-4")
-        try:
-            settings[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[key] = value
-    return name.strip(), settings
-
-
-def _split_at_commas(text: str) -> list[str]:
-    """At those outside of brackets: a value may be a tuple or a list."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth <= 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part for part in parts if part.strip()]
+def _asked(text: str) -> tuple[str, dict[str, Any]]:
+    try:
+        return name_and_settings(text)
+    except ValueError as error:
+        raise CommandError(f"metric {error}") from error
 
 
 def _metric(name: str, settings: Mapping[str, Any]) -> Any:
@@ -514,38 +564,47 @@ def _mismatch(own: Mapping[str, Any], given: Mapping[str, Any]) -> str:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from .registry import available_metrics, plugins
+    from .registry import KINDS, available, plugins
 
     warnings.simplefilter("ignore", PluginWarning)  # what failed is said at the end of the list
-    offers = available_metrics(arguments.pattern)
+    kinds = [kind for kind in KINDS if arguments.kind in (None, kind.kind)]
+    offers = {kind.kind: available(kind, arguments.pattern) for kind in kinds}
     faulty = [record for record in plugins() if record.error]
     if arguments.json:
-        metrics = [
-            {
-                "name": name,
-                "summary": offer.spec.summary,
-                "plugin": offer.plugin,
-                "distribution": offer.distribution,
-                "version": offer.version,
-                "duplicate": name != offer.spec.name,
-            }
-            for name, offer in offers.items()
-        ]
+        told: dict[str, Any] = {
+            f"{kind}s": [_offer_told(*offer) for offer in found.items()] for kind, found in offers.items()
+        }
         failed = [{"plugin": r.name, "distribution": r.distribution, "status": r.status, "error": r.error} for r in faulty]
-        print(json.dumps({"metrics": metrics, "faulty_plugins": failed}, indent=2))
+        print(json.dumps({**told, "faulty_plugins": failed}, indent=2))
         return OK
-    if not offers:
-        known = ", ".join(available_metrics()) or "none"
-        raise CommandError(f"no metric matches {arguments.pattern!r}. Metrics: {known}")
-    rows = [["metric", "what it is", "plugin", "from"]]
+    if not any(offers.values()):
+        known = "; ".join(f"{kind.kind}s: {', '.join(available(kind)) or 'none'}" for kind in kinds)
+        raise CommandError(f"nothing matches {arguments.pattern!r}. There are {known}")
+    blocks = [_aligned(_offer_rows(kind, found)) for kind, found in offers.items() if found]
+    print("\n\n".join(blocks))
+    for record in faulty:
+        print(f"\nplugin {record.name!r} from {record.distribution} {record.version}, {record.status}: {record.error}")
+    return OK
+
+
+def _offer_told(name: str, offer: Offer) -> dict[str, Any]:
+    return {
+        "name": name,
+        "summary": offer.spec.summary,
+        "plugin": offer.plugin,
+        "distribution": offer.distribution,
+        "version": offer.version,
+        "duplicate": name != offer.spec.name,
+    }
+
+
+def _offer_rows(kind: str, offers: Mapping[str, Offer]) -> list[list[str]]:
+    rows = [[kind, "what it is", "plugin", "from"]]
     for name, offer in offers.items():
         duplicate = "" if name == offer.spec.name else f" (one of several named {offer.spec.name!r})"
         origin = f"{offer.distribution} {offer.version}" if offer.distribution else "this process"
         rows.append([name, offer.spec.summary + duplicate, offer.plugin, origin])
-    print(_aligned(rows))
-    for record in faulty:
-        print(f"\nplugin {record.name!r} from {record.distribution} {record.version}, {record.status}: {record.error}")
-    return OK
+    return rows
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -565,7 +624,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     records = plugins()
     for record in records:
         said = f"{record.status}, {record.distribution} {record.version}"
-        said += f", {len(record.metrics)} metrics" if record.metrics else ""
+        said += "".join(f", {len(names)} {kind}{'s' * (len(names) != 1)}" for kind, names in record.offers.items())
         rows.append([f"plugin {record.name}", said + (f": {record.error}" if record.error else "")])
     print(_aligned(rows))
     return USER_ERROR if any(record.status == "failed" for record in records) else OK

@@ -26,7 +26,7 @@ from .registry import Metric
 from .report import Kind, MetricResult, SharpnessReport, Status
 from .space import Select
 
-__all__ = ["DEFAULT_METRICS", "Metrics", "measure_sharpness"]
+__all__ = ["DEFAULT_METRICS", "Metrics", "measure_sharpness", "resolve_metrics"]
 
 # by their qualified names: a plugin that offers one of these names makes the bare name ambiguous, but not this call
 DEFAULT_METRICS = ("builtin:epsilon_box", "builtin:random_subspace", "builtin:hessian_topk")
@@ -80,7 +80,7 @@ def measure_sharpness(
     Raises:
         LoaderError, LossRuleError, NonFiniteLossError, UnknownNameError, ValueError: bad input, before anything is measured.
     """
-    chosen = _resolve(metrics)
+    chosen = resolve_metrics(metrics)
     listener = resolve_listener(progress)
     objective = Objective(
         model,
@@ -142,7 +142,7 @@ def _ask_plugins(model: nn.Module, batch: Any, criterion: Any) -> LossFn | None:
     return answer
 
 
-def _resolve(metrics: Metrics) -> dict[str, Metric]:
+def resolve_metrics(metrics: Metrics) -> dict[str, Metric]:
     """Metrics under the keys of the report, in the order asked for."""
     if metrics is None:
         metrics = DEFAULT_METRICS

@@ -163,6 +163,11 @@ class Objective:
         return self._source.num_batches
 
     @property
+    def total_weight(self) -> float:
+        """What the mean loss is a mean over: samples, or targets that are not ignored."""
+        return float(self._evaluator.total_weight)
+
+    @property
     def _rule(self) -> LossRule:
         assert self._evaluator.rule is not None  # from the constructor on
         return self._evaluator.rule
@@ -307,6 +312,24 @@ class Objective:
                     answer += found
         self._counts["hvps"] += 1
         return answer
+
+    def over_parts(self, size: int, work: Callable[[Evaluator, Part], None]) -> None:
+        """``work(evaluator, part)`` for parts of at most ``size`` samples, in one pass; counts as one gradient.
+
+        Attention runs on the MATH backend, which alone can be vectorized over samples.
+
+        Raises:
+            ValueError: the loss of a batch is not made of the losses of its parts; the message says why.
+        """
+        if cause := self._whole_batches_only():
+            raise ValueError(f"{cause}, so a batch is not the sum of its parts")
+        parts = MicroBatches(self._whole_batches_only)
+        parts.size = size
+        with self.session(), modes.second_derivatives(self.module):
+            for batch in self._batches():
+                for _ in parts.each(batch, lambda part: work(self._evaluator, part)):
+                    pass
+        self._counts["gradients"] += 1
 
     def sketch(self, max_samples: int) -> Sketch:
         """The model on about ``max_samples`` of the samples, from all over the data where it is cached.

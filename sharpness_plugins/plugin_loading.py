@@ -12,7 +12,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from types import ModuleType, SimpleNamespace
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import pluggy
 
 from .errors import did_you_mean
-from .specs import FAULTS, MetricSpec, cause, definition, spec_of
+from .specs import FAULTS, KINDS, Spec, cause, definition, spec_of
 
 __all__ = [
     "DISABLE",
@@ -190,6 +190,7 @@ class PluginRecord:
 
     Attributes:
         status: "loaded" (``error`` then says what of it does not work, if anything), "disabled", or "failed".
+        offers: names by kind, "metric" for one.
     """
 
     name: str
@@ -198,14 +199,14 @@ class PluginRecord:
     status: str
     error: str = ""
     hooks: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ()
+    offers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Loaded(NamedTuple):
     """A plugin's record and specs, and the exception behind ``record.error``, if there was one."""
 
     record: PluginRecord
-    specs: list[MetricSpec]
+    specs: list[Spec]
     error: BaseException | None = None
 
 
@@ -224,45 +225,47 @@ def load_plugin(source: Source, table: HookTable) -> Loaded:
         return Loaded(replace(record, status="failed", error=cause(error)), [], error)
     specs = [own] if own is not None else _marked(plugin) if isinstance(plugin, ModuleType) else []
     raised = None
-    if "sharpness_metrics" in hooks:
-        yielded, wrong, raised = _yielded(source, table)
-        specs, problems = specs + yielded, problems + wrong
-    by_name: dict[str, MetricSpec] = {}
+    for kind in KINDS:
+        if kind.hook in hooks:
+            yielded, wrong, error_in_hook = _yielded(kind, source, table)
+            specs, problems, raised = specs + yielded, problems + wrong, raised or error_in_hook
+    by_name: dict[tuple[str, str], Spec] = {}
     for spec in specs:
-        if definition(by_name.setdefault(spec.name, spec)) != definition(spec):
-            problems.append(f"it offers metric {spec.name!r} twice, and the first is used")
+        if definition(by_name.setdefault((spec.kind, spec.name), spec)) != definition(spec):
+            problems.append(f"it offers {spec.kind} {spec.name!r} twice, and the first is used")
     if not hooks and not specs and not problems:
         problems = [f"{source.entry_point.value} has neither a @metric nor a function marked with @hookimpl"]
-    is_useful = not problems or specs or set(hooks) - {"sharpness_metrics"}
+    is_useful = not problems or specs or set(hooks) - {kind.hook for kind in KINDS}
     status = "loaded" if is_useful else "failed"
-    record = replace(record, status=status, error="; ".join(problems), hooks=tuple(hooks), metrics=tuple(by_name))
+    offers: dict[str, tuple[str, ...]] = {}
+    for word, name in by_name:
+        offers[word] = (*offers.get(word, ()), name)
+    record = replace(record, status=status, error="; ".join(problems), hooks=tuple(hooks), offers=offers)
     return Loaded(record, list(by_name.values()), raised)
 
 
-def _marked(module: ModuleType) -> list[MetricSpec]:
+def _marked(module: ModuleType) -> list[Spec]:
     """The ``@metric`` objects of a module. Those it imported from elsewhere count only if it has none of its own."""
-    found = {
-        id(spec): spec for value in vars(module).values() if not isinstance(value, MetricSpec) and (spec := spec_of(value))
-    }
+    found = {id(spec): spec for value in vars(module).values() if not isinstance(value, Spec) and (spec := spec_of(value))}
     package = module.__name__.partition(".")[0]
-    own = [spec for spec in found.values() if definition(spec)[1].partition(":")[0].partition(".")[0] == package]
+    own = [spec for spec in found.values() if definition(spec)[2].partition(":")[0].partition(".")[0] == package]
     return own or list(found.values())
 
 
-def _yielded(source: Source, table: HookTable) -> tuple[list[MetricSpec], list[str], BaseException | None]:
-    """What one plugin's ``sharpness_metrics`` yields: the specs, a sentence for all else, and what it raised."""
-    specs: list[MetricSpec] = []
+def _yielded(kind: type[Spec], source: Source, table: HookTable) -> tuple[list[Spec], list[str], BaseException | None]:
+    """What the hook of this kind yields in one plugin: the specs, a sentence for all else, and what it raised."""
+    specs: list[Spec] = []
     problems: list[str] = []
-    for owner, call in table.calls("sharpness_metrics", {}):
+    for owner, call in table.calls(kind.hook, {}):
         if owner is not source:
             continue
         try:
             for value in call():
                 spec = spec_of(value)
-                if spec is None:
-                    problems.append(f"sharpness_metrics yielded {reprlib.repr(value)}, which is not a MetricSpec")
+                if not isinstance(spec, kind):
+                    problems.append(f"{kind.hook} yielded {reprlib.repr(value)}, which is not a {kind.__name__}")
                 else:
                     specs.append(spec)
         except FAULTS as error:
-            return specs, [*problems, f"sharpness_metrics raised {cause(error)}"], error
+            return specs, [*problems, f"{kind.hook} raised {cause(error)}"], error
     return specs, problems, None

@@ -1,4 +1,4 @@
-"""Metrics by name, and the hooks that plugins implement. Importing it, and listing what there is, imports no torch."""
+"""What plugins offer, by kind and name, and the hooks that they implement. Importing it, and listing, imports no torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 import pluggy
@@ -30,10 +31,15 @@ from .plugin_loading import (
 from .report import SharpnessReport
 from .specs import (
     FAULTS,
+    KINDS,
     SPEC,
+    CouplingSpec,
     FunctionMetric,
     Metric,
     MetricSpec,
+    ScheduleSpec,
+    SignalSpec,
+    Spec,
     cause,
     check_settings,
     definition,
@@ -46,9 +52,15 @@ from .specs import (
 )
 
 if TYPE_CHECKING:
+    from .controller import BatchChange
+    from .coupling import CouplingRule
     from .losses import LossFn
+    from .schedules import BatchSchedule, Signal
+    from .signals import SignalContext
 
 __all__ = [
+    "KINDS",
+    "CouplingSpec",
     "FunctionMetric",
     "Hooks",
     "Metric",
@@ -56,11 +68,20 @@ __all__ = [
     "Offer",
     "PluginRecord",
     "Registry",
+    "ScheduleSpec",
+    "SignalSpec",
+    "available",
+    "available_couplings",
     "available_metrics",
+    "available_schedules",
+    "available_signals",
     "call_hook",
     "first_answer",
     "fresh_registry",
+    "get_coupling",
     "get_metric",
+    "get_schedule",
+    "get_signal",
     "hookimpl",
     "hookspec",
     "is_strict",
@@ -69,12 +90,13 @@ __all__ = [
     "metric_provenance",
     "metric_settings",
     "plugins",
+    "schedule_factories",
 ]
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
-BUILTIN = "sharpness_plugins.metrics"
+BUILTIN = "sharpness_plugins.builtin"
 
 T = TypeVar("T")
 
@@ -132,6 +154,81 @@ class Hooks(Protocol):
             def sharpness_measure_end(report):
                 with open("sharpness.jsonl", "a") as file:
                     file.write(report.to_json(indent=None) + "\\n")
+
+        What a listener returns is ignored.
+        """
+
+    @hookspec
+    def sharpness_batch_schedules(self) -> Iterable[ScheduleSpec]:
+        """The batch-size schedules that this plugin offers::
+
+            # acme_tools/plugin.py
+            from sharpness_plugins import ScheduleSpec, hookimpl
+
+            @hookimpl
+            def sharpness_batch_schedules():
+                yield ScheduleSpec("acme_ramp", "acme_tools.ramp:Ramp", summary="linear ramp of the batch size")
+
+        where ``acme_tools/ramp.py`` holds a frozen dataclass ``Ramp`` with the attributes and methods of
+        ``sharpness_plugins.schedules.BatchSchedule``. Its user writes ``get_schedule("acme_ramp", until="40ep")``.
+        """
+
+    @hookspec
+    def sharpness_signals(self) -> Iterable[SignalSpec]:
+        """The signals that schedules may look at, beside every metric, which is a signal of its name::
+
+            # acme_tools/plugin.py
+            from sharpness_plugins import SignalSpec, hookimpl
+
+            @hookimpl
+            def sharpness_signals():
+                yield SignalSpec("acme_weight_norm", "acme_tools.norms:WeightNorm", summary="norm of the weights")
+
+        where ``WeightNorm()`` is called with a ``SignalContext`` and returns a ``schedules.Signal``.
+        """
+
+    @hookspec
+    def sharpness_lr_couplings(self) -> Iterable[CouplingSpec]:
+        """How the learning rate may follow the batch size::
+
+            # acme_tools/plugin.py
+            from sharpness_plugins import CouplingSpec, hookimpl
+            from sharpness_plugins.coupling import Multipliers
+
+            def cube_root():
+                return lambda kappa, signals: Multipliers(learning_rate=kappa ** (1 / 3))
+
+            @hookimpl
+            def sharpness_lr_couplings():
+                yield CouplingSpec("cube_root", cube_root, summary="learning rate times the cube root")
+
+        Its user writes ``BatchController(schedule, optimizer, coupling="cube_root")``.
+        """
+
+    @hookspec
+    def sharpness_before_batch_change(self, change: BatchChange) -> str | None:
+        """The batch size is about to change. A reason returned by any plugin is a veto: the old size stays::
+
+            # acme_tools/plugin.py
+            from sharpness_plugins import hookimpl
+
+            @hookimpl
+            def sharpness_before_batch_change(change):
+                return "the cluster is full" if change.new.batch_size > 4096 else None
+
+        Asked on rank 0 only, whose answer holds for all.
+        """
+
+    @hookspec
+    def sharpness_batch_size_changed(self, change: BatchChange) -> None:
+        """The batch size has changed, or was kept by a veto (``change.veto``). Told on every rank::
+
+            # acme_tools/plugin.py
+            from sharpness_plugins import hookimpl
+
+            @hookimpl
+            def sharpness_batch_size_changed(change):
+                print(change)
 
         What a listener returns is ignored.
         """
@@ -200,9 +297,9 @@ def _first_line(target: Any) -> str:
 
 @dataclass(frozen=True)
 class Offer:
-    """A metric and who offers it. ``distribution`` is empty for one registered in this process, by no entry point."""
+    """A spec and who offers it. ``distribution`` is empty for one registered in this process, by no entry point."""
 
-    spec: MetricSpec
+    spec: Spec
     plugin: str
     distribution: str = ""
     version: str = ""
@@ -219,24 +316,24 @@ class Registry:
     """
 
     def __init__(self) -> None:
-        self._session: dict[tuple[str, str], MetricSpec] = {}
+        self._session: dict[tuple[str, str, str], Spec] = {}
         self._lock = threading.RLock()
         self._table: HookTable | None = None
         self._records: list[PluginRecord] = []
         self._offers: list[Offer] = []
 
-    def register(self, spec: MetricSpec) -> None:
-        """Offer a metric in this process. Takes no lock: it runs inside imports, which another thread may wait for."""
+    def register(self, spec: Spec) -> None:
+        """Offer something in this process. Takes no lock: it runs inside imports, which another thread may wait for."""
         self._session[definition(spec)] = spec
 
     def plugins(self) -> list[PluginRecord]:
         self._hooks()
         return list(self._records)
 
-    def offers(self) -> dict[str, list[Offer]]:
-        """By name of the metric; several offers mean several different metrics."""
+    def offers(self, kind: type[Spec]) -> dict[str, list[Offer]]:
+        """By name; several offers mean several different things."""
         self._hooks()
-        found: dict[tuple[str, str], Offer] = {}
+        found: dict[tuple[str, str, str], Offer] = {}
         for offer in self._offers:
             found.setdefault(definition(offer.spec), offer)
         for key, spec in list(self._session.items()):
@@ -244,13 +341,14 @@ class Registry:
             found[key] = replace(found[key], spec=spec) if key in found else Offer(spec, plugin)
         by_name: dict[str, list[Offer]] = {}
         for offer in found.values():
-            by_name.setdefault(offer.spec.name, []).append(offer)
+            if isinstance(offer.spec, kind):
+                by_name.setdefault(offer.spec.name, []).append(offer)
         return by_name
 
-    def available(self, pattern: str) -> dict[str, Offer]:
+    def available(self, kind: type[Spec], pattern: str) -> dict[str, Offer]:
         keyed = {
             name if len(offers) == 1 else _qualified(offer, offers): offer
-            for name, offers in self.offers().items()
+            for name, offers in self.offers(kind).items()
             for offer in offers
         }
         return {
@@ -259,48 +357,50 @@ class Registry:
             if fnmatchcase(keyed[key].spec.name, pattern) or fnmatchcase(key, pattern)
         }
 
-    def find(self, name: str) -> Offer:
-        """The one offer of ``metric`` or ``plugin:metric``; a distribution's name does instead of the plugin's."""
-        offers = self.offers()
+    def find(self, kind: type[Spec], name: str) -> Offer:
+        """The one offer of ``name`` or ``plugin:name``; a distribution's name does instead of the plugin's."""
+        offers = self.offers(kind)
         plugin, _, plain = name.rpartition(":")
         found = offers.get(plain, [])
         if plugin:
             found = [o for o in found if plugin == o.plugin or normalized(plugin) == normalized(o.distribution)]
         if not found:
-            known = list(self.available("*"))
+            known = list(self.available(kind, "*"))
             if plugin:
                 known += [f"{offer.plugin}:{key}" for key, several in offers.items() for offer in several]
             absent = [f"{record.name!r} ({record.status})" for record in self._records if record.status != "loaded"]
             raise UnknownNameError(
-                f"no metric {name!r}.{did_you_mean(name, known)} Available: {', '.join(self.available('*')) or 'none'}."
+                f"no {kind.kind} {name!r}.{did_you_mean(name, known)} "
+                f"Available: {', '.join(self.available(kind, '*')) or 'none'}."
                 + (f" Plugins not in use: {', '.join(absent)}." if absent else "")
             )
         if len(found) > 1:
             choices = {_qualified(offer, found) for offer in found}
             ask = f"Ask for {' or '.join(map(repr, sorted(choices)))}" if len(choices) == len(found) else "Rename one"
             raise DuplicateNameError(
-                f"metric {name!r} is offered by plugins {' and '.join(map(str, found))}. "
+                f"{kind.kind} {name!r} is offered by plugins {' and '.join(map(str, found))}. "
                 f"{ask}, or switch a plugin off with {DISABLE}=NAME"
             )
         return found[0]
 
-    def get(self, name: str, settings: Mapping[str, Any]) -> Metric:
-        offer = self.find(name)
+    def get(self, kind: type[Spec], name: str, settings: Mapping[str, Any]) -> Any:
+        """The thing of this kind and name, made with these settings."""
+        offer = self.find(kind, name)
         try:
             factory = offer.spec.load()
         except ImportError as error:
             raise ImportError(f"{error} (plugin {offer})") from error
         known = factory_settings(factory)
         if known is not None:
-            check_settings(offer.spec.name, settings, known)
+            check_settings(f"{kind.kind} {offer.spec.name!r}", settings, known)
         made = factory(**settings)
         if not callable(made):
-            raise TypeError(f"metric {name!r} of plugin {offer} is {made!r}, which cannot be called with (objective, rng)")
+            raise TypeError(f"{kind.kind} {name!r} of plugin {offer} is {made!r}, which cannot be called")
         return made
 
     def provenance(self, metric: object) -> Offer | None:
         made_by = metric.function if isinstance(metric, FunctionMetric) else type(metric)
-        mine = [o for several in self.offers().values() for o in several if maker(o.spec) is made_by]
+        mine = [o for several in self.offers(MetricSpec).values() for o in several if maker(o.spec) is made_by]
         name = metric_name(metric)
         return next((offer for offer in mine if offer.spec.name == name), mine[0] if mine else None)
 
@@ -388,9 +488,30 @@ def fresh_registry() -> Iterator[Registry]:
         _registry = before
 
 
+def available(kind: type[Spec], pattern: str = "*") -> dict[str, Offer]:
+    """What is offered of a kind and has a name that matches, sorted. The keys suit ``get_metric`` and its like:
+    ``plugin:name`` where a name is offered twice."""
+    return _registry.available(kind, pattern)
+
+
 def available_metrics(pattern: str = "*") -> dict[str, Offer]:
     """Metrics whose name matches, sorted. The keys suit ``get_metric``: ``plugin:name`` where one is offered twice."""
-    return _registry.available(pattern)
+    return available(MetricSpec, pattern)
+
+
+def available_schedules(pattern: str = "*") -> dict[str, Offer]:
+    """Batch-size schedules whose name matches, sorted."""
+    return available(ScheduleSpec, pattern)
+
+
+def available_signals(pattern: str = "*") -> dict[str, Offer]:
+    """Signals whose name matches, sorted. Every metric is a signal, too."""
+    return available(SignalSpec, pattern)
+
+
+def available_couplings(pattern: str = "*") -> dict[str, Offer]:
+    """Learning-rate rules whose name matches, sorted."""
+    return available(CouplingSpec, pattern)
 
 
 def get_metric(name: str, /, **settings: Any) -> Metric:
@@ -404,7 +525,36 @@ def get_metric(name: str, /, **settings: Any) -> Metric:
         TypeError: it has no such setting.
         ImportError: its module does not import.
     """
-    return _registry.get(name, settings)
+    found: Metric = _registry.get(MetricSpec, name, settings)
+    return found
+
+
+def get_schedule(name: str, /, **settings: Any) -> BatchSchedule:
+    """A batch-size schedule by name, with these settings. Raises as ``get_metric`` does."""
+    found: BatchSchedule = _registry.get(ScheduleSpec, name, settings)
+    return found
+
+
+def schedule_factories() -> dict[str, Callable[..., BatchSchedule]]:
+    """What makes each schedule, by name, for ``schedules.parse_schedule``; nothing is imported before it is called."""
+
+    def made(name: str, /, *values: Any, **settings: Any) -> BatchSchedule:
+        found: BatchSchedule = _registry.find(ScheduleSpec, name).spec.load()(*values, **settings)
+        return found
+
+    return {name: partial(made, name) for name in available_schedules()}
+
+
+def get_signal(name: str, /, **settings: Any) -> Callable[[SignalContext], Signal]:
+    """A signal by name, with these settings. Raises as ``get_metric`` does."""
+    found: Callable[[SignalContext], Signal] = _registry.get(SignalSpec, name, settings)
+    return found
+
+
+def get_coupling(name: str, /, **settings: Any) -> CouplingRule:
+    """A learning-rate rule by name, with these settings. Raises as ``get_metric`` does."""
+    found: CouplingRule = _registry.get(CouplingSpec, name, settings)
+    return found
 
 
 def metric_provenance(metric: object) -> tuple[str, str, str] | None:

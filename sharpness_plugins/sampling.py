@@ -20,6 +20,7 @@ __all__ = [
     "generator_states",
     "key_for",
     "normal",
+    "permutation",
     "philox",
     "rng_states",
     "seed_global",
@@ -50,6 +51,11 @@ def normal(dim: int, generator: torch.Generator, like: Tensor) -> Tensor:
 def uniform(dim: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """Vector uniform in [-1, 1), shape ``(dim,)``, with the dtype and device of ``like``."""
     return torch.rand(dim, generator=generator, dtype=like.dtype).mul_(2).sub_(1).to(like.device)
+
+
+def permutation(num_samples: int, generator: torch.Generator) -> Tensor:
+    """The integers below ``num_samples`` in random order, int64: 8 bytes each."""
+    return torch.randperm(num_samples, generator=generator)
 
 
 def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: int) -> tuple[Tensor | int, ...]:

@@ -1,4 +1,4 @@
-"""What a plugin offers: the spec of a metric, functions as metrics, and the settings of both. Imports no torch."""
+"""What a plugin offers: specs, functions as metrics, and the settings of both. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from operator import attrgetter
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .errors import did_you_mean
 from .report import Kind, MetricResult, Status
@@ -24,10 +24,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAULTS",
+    "KINDS",
     "SPEC",
+    "CouplingSpec",
     "FunctionMetric",
     "Metric",
     "MetricSpec",
+    "ScheduleSpec",
+    "SignalSpec",
+    "Spec",
     "cause",
     "check_settings",
     "definition",
@@ -79,37 +84,44 @@ class Metric(Protocol):
 
 
 @dataclass(frozen=True)
-class MetricSpec:
-    """What a plugin offers: a name, and how to get the metric when somebody asks for it.
+class Spec:
+    """What a plugin offers: a name, and how to get the thing when somebody asks for it. Abstract: see its kinds.
 
     Attributes:
-        name: an identifier; the key in the report.
-        factory: called with the settings, returns a metric. Written as ``"package.module:attribute"`` it is imported
+        kind: what sort of thing it is, as the word for it in messages.
+        hook: the hook that yields specs of this kind.
+        name: an identifier; a metric's is the key in the report.
+        factory: called with the settings, returns the thing. Written as ``"package.module:attribute"`` it is imported
             on first use, so that listing stays fast.
         summary: one line for ``sharpness list``.
     """
 
+    kind: ClassVar[str]
+    hook: ClassVar[str]
+
     name: str
-    factory: str | Callable[..., Metric]
+    factory: str | Callable[..., Any]
     summary: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
-            raise TypeError(f"the name of a metric is a string; got {self.name!r}")
+            raise TypeError(f"the name of a {self.kind} is a string; got {self.name!r}")
         if not self.name.isidentifier():
-            raise ValueError(f"metric name {self.name!r} is not an identifier: use letters, digits and underscores only")
+            raise ValueError(
+                f"{self.kind} name {self.name!r} is not an identifier: use letters, digits and underscores only"
+            )
         if isinstance(self.factory, str):
             module, colon, attribute = self.factory.partition(":")
             if not colon or not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
                 raise ValueError(
-                    f"factory of metric {self.name!r} must look like 'package.module:attribute'; got {self.factory!r}"
+                    f"factory of {self.kind} {self.name!r} must look like 'package.module:attribute'; got {self.factory!r}"
                 )
         elif not callable(self.factory):
             raise TypeError(
-                f"factory of metric {self.name!r} must be callable or 'package.module:attribute'; got {self.factory!r}"
+                f"factory of {self.kind} {self.name!r} must be callable or 'package.module:attribute'; got {self.factory!r}"
             )
 
-    def load(self) -> Callable[..., Metric]:
+    def load(self) -> Callable[..., Any]:
         """The factory itself, imported if need be.
 
         Raises:
@@ -122,15 +134,50 @@ class MetricSpec:
             with loading():
                 found = attrgetter(attribute)(importlib.import_module(module))
         except FAULTS as error:
-            raise ImportError(f"metric {self.name!r} cannot be loaded from {self.factory!r}: {cause(error)}") from error
+            raise ImportError(f"{self.kind} {self.name!r} cannot be loaded from {self.factory!r}: {cause(error)}") from error
         if isinstance(found, FunctionMetric):
             return found.with_settings
         if not callable(found):
             raise ImportError(
-                f"metric {self.name!r} cannot be loaded from {self.factory!r}: that is {found!r}, not callable"
+                f"{self.kind} {self.name!r} cannot be loaded from {self.factory!r}: that is {found!r}, not callable"
             )
-        factory: Callable[..., Metric] = found
+        factory: Callable[..., Any] = found
         return factory
+
+
+@dataclass(frozen=True)
+class MetricSpec(Spec):
+    """A metric: its factory returns a ``Metric``."""
+
+    kind = "metric"
+    hook = "sharpness_metrics"
+
+
+@dataclass(frozen=True)
+class ScheduleSpec(Spec):
+    """A batch-size schedule: its factory returns a ``schedules.BatchSchedule``."""
+
+    kind = "schedule"
+    hook = "sharpness_batch_schedules"
+
+
+@dataclass(frozen=True)
+class SignalSpec(Spec):
+    """What schedules may look at: its factory returns a function of a ``SignalContext`` that returns a ``Signal``."""
+
+    kind = "signal"
+    hook = "sharpness_signals"
+
+
+@dataclass(frozen=True)
+class CouplingSpec(Spec):
+    """How the learning rate follows the batch size: its factory returns a function ``(kappa, signals) -> Multipliers``."""
+
+    kind = "coupling"
+    hook = "sharpness_lr_couplings"
+
+
+KINDS: tuple[type[Spec], ...] = (MetricSpec, ScheduleSpec, SignalSpec, CouplingSpec)
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,7 +195,7 @@ class FunctionMetric:
     def __post_init__(self) -> None:
         name = self.name or self.function.__name__
         defaults = _function_settings(name, self.function)
-        check_settings(name, self.settings, defaults)
+        check_settings(f"metric {name!r}", self.settings, defaults)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "settings", MappingProxyType({**defaults, **self.settings}))
 
@@ -233,25 +280,26 @@ def factory_settings(factory: Callable[..., Any]) -> dict[str, Any] | None:
     return settings
 
 
-def check_settings(name: str, given: Iterable[str], known: Mapping[str, Any]) -> None:
+def check_settings(owner: str, given: Iterable[str], known: Mapping[str, Any]) -> None:
+    """TypeError unless all of ``given`` are settings of ``owner`` ("metric 'x'") and none that it needs is missing."""
     empty = inspect.Parameter.empty
     shown = ", ".join(key if default is empty else f"{key}={default!r}" for key, default in known.items()) or "none"
     for key in given:
         if key not in known:
-            raise TypeError(f"metric {name!r} has no setting {key!r}.{did_you_mean(key, known)} Settings: {shown}")
+            raise TypeError(f"{owner} has no setting {key!r}.{did_you_mean(key, known)} Settings: {shown}")
     if missing := [key for key, default in known.items() if default is empty and key not in given]:
-        raise TypeError(f"metric {name!r} needs {', '.join(missing)}. Settings: {shown}")
+        raise TypeError(f"{owner} needs {', '.join(missing)}. Settings: {shown}")
 
 
-def spec_of(value: Any) -> MetricSpec | None:
+def spec_of(value: Any) -> Spec | None:
     """The spec that an object is or carries. By type, as ``getattr`` may wake a lazy module attribute or a proxy."""
     kind = type(value)
     if issubclass(kind, type) or kind is FunctionMetric:
         value = vars(value).get(SPEC)  # a class's own, not its base's
-    return value if issubclass(type(value), MetricSpec) else None
+    return value if issubclass(type(value), Spec) else None
 
 
-def maker(spec: MetricSpec) -> object | None:
+def maker(spec: Spec) -> object | None:
     """The class or function behind a spec; None for a dotted string whose module is not loaded."""
     found: object = spec.factory
     if isinstance(found, str):
@@ -261,15 +309,15 @@ def maker(spec: MetricSpec) -> object | None:
     return found.function if isinstance(found, FunctionMetric) else found
 
 
-def definition(spec: MetricSpec) -> tuple[str, str]:
-    """Where a metric is defined. Specs that agree in it are one metric: re-exported, reloaded, a cell run again."""
+def definition(spec: Spec) -> tuple[str, str, str]:
+    """Kind, name, and where it is defined. Specs that agree in it are one: re-exported, reloaded, a cell run again."""
     made = maker(spec)
     module, qualname = getattr(made, "__module__", None), getattr(made, "__qualname__", None)
     if module == "__main__":  # in a notebook the latest metric of a name counts, also if its function was renamed
-        return spec.name, "__main__"
+        return spec.kind, spec.name, "__main__"
     if module is None or qualname is None:
-        return spec.name, spec.factory if isinstance(spec.factory, str) else f"{id(spec.factory)}"
-    return spec.name, f"{module}:{qualname}"
+        return spec.kind, spec.name, spec.factory if isinstance(spec.factory, str) else f"{id(spec.factory)}"
+    return spec.kind, spec.name, f"{module}:{qualname}"
 
 
 def metric_name(metric: object) -> str:

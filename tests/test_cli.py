@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from sharpness_plugins import measure_sharpness
-from sharpness_plugins.cli import CommandError, DemoProgress, load_checkpoint, main, parse_metric
-from sharpness_plugins.experiments.demo import DemoEvent, DemoSettings
+from sharpness_plugins.cli import CommandError, ExperimentProgress, load_checkpoint, main
+from sharpness_plugins.experiments.curve import WarmStartCurve
+from sharpness_plugins.experiments.demo import DemoSettings
+from sharpness_plugins.experiments.recipes import ExperimentEvent, Recipe
 from sharpness_plugins.metrics import EpsilonBox
 from sharpness_plugins.registry import MetricSpec, fresh_registry
 from sharpness_plugins.report import SharpnessReport
@@ -255,21 +257,6 @@ def test_a_wrong_option_is_one_sentence(setup, capsys, option, message):
     assert message in error_of(capsys)
 
 
-@pytest.mark.parametrize(
-    ("text", "parsed"),
-    [
-        ("hessian_topk", ("hessian_topk", {})),
-        ("hessian_topk:k=3", ("hessian_topk", {"k": 3})),
-        ("epsilon_box:epsilon=5e-4, starts=(1, 2)", ("epsilon_box", {"epsilon": 5e-4, "starts": (1, 2)})),
-        ("builtin:hessian_topk:k=3,which=LA", ("builtin:hessian_topk", {"k": 3, "which": "LA"})),
-        ("builtin:hessian_topk", ("builtin:hessian_topk", {})),
-        ("m:x=None,y=[1,{'a': 2}],z=a=b", ("m", {"x": None, "y": [1, {"a": 2}], "z": "a=b"})),
-    ],
-)
-def test_parse_metric(text, parsed):
-    assert parse_metric(text) == parsed
-
-
 # --- checkpoints
 
 
@@ -410,7 +397,19 @@ def test_list_json(capsys):
 
 def test_list_without_a_match_is_an_error(capsys):
     assert main(["list", "nothing*"]) == 1
-    assert "no metric matches 'nothing*'. Metrics: adaptive_topk, epsilon_box" in error_of(capsys)
+    told = error_of(capsys)
+    assert "nothing matches 'nothing*'. There are metrics: adaptive_topk, epsilon_box" in told
+    assert "schedules: cap, double" in told
+
+
+def test_list_shows_every_kind_or_one(capsys):
+    assert main(["list"]) == 0
+    heads = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "what it is" in line]
+    assert heads == ["metric", "schedule", "signal", "coupling"]
+    assert main(["list", "--kind", "coupling", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {one["name"] for one in told["couplings"]} == {"adam_sde", "adascale", "linear", "momentum", "none", "sqrt"}
+    assert "metrics" not in told
 
 
 class Rival:
@@ -479,7 +478,7 @@ def test_doctor_lists_versions_devices_and_what_is_missing(capsys, monkeypatch):
 @pytest.fixture
 def tiny_demo(monkeypatch):
     """The demo on the smallest settings; only what the command does not set is changed."""
-    small = {"widths": (64, 8, 10), "num_train": 60, "max_epochs": 4}
+    small = {"widths": (64, 8, 10), "num_train": 60, "warm_epochs": 1, "max_epochs": 4}
     monkeypatch.setattr("sharpness_plugins.experiments.demo.DemoSettings", lambda *given: DemoSettings(*given, **small))
 
 
@@ -487,16 +486,17 @@ def test_demo_prints_the_table_and_names_the_folder(tiny_demo, tmp_path, capsys)
     out = tmp_path / "demo"
     assert main(["demo", "--seeds", "1", "--batch-sizes", "60", "15", "--out", str(out)]) == 0
     printed = capsys.readouterr()
-    assert "batch 15  batch 60" in printed.out
-    assert "Training loss is NOT matched: 2 of 2 networks" in printed.out
+    assert printed.out.splitlines()[2].split()[:6] == ["batch", "15", "batch", "60", "warm", "start"]
+    assert "Training loss is NOT matched: 3 of 3 networks" in printed.out
     assert str(out) in printed.out.splitlines()[-1]
     assert {path.name for path in out.iterdir()} == {
         "results.json", "results.csv", "table.txt", "alpha_plot.png", "sharpness_vs_batch_size.png",
     }  # fmt: skip
     lines = printed.err.splitlines()  # in a log: a line per network
     assert [line.partition(":")[0] for line in lines] == [
-        "network 1 of 2 (seed 0, batch 15)",
-        "network 2 of 2 (seed 0, batch 60)",
+        "network 1 of 3 (seed 0, batch 15)",
+        "network 2 of 3 (seed 0, batch 60)",
+        "network 3 of 3 (seed 0, batch 15 for 1 epoch then batch 60)",
     ]
     assert "target NOT reached" in lines[0]
     settings = json.loads((out / "results.json").read_text())["settings"]
@@ -531,6 +531,86 @@ def test_demo_without_scikit_learn_says_what_to_install(tmp_path, capsys, monkey
     assert 'pip install "sharpness-plugins[demo]"' in error_of(capsys)
 
 
+# --- warm start
+
+
+TINY_WARM_START = ["--epochs", "1", "--seeds", "2", "--small-batch", "200", "--large-batch", "400"]
+
+
+def test_warm_start_prints_the_tables_and_writes_the_files(tmp_path, capsys):
+    out = tmp_path / "warm"
+    assert main(["warm-start", *TINY_WARM_START, "--match", "steps:3", "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "Warm start: batch 200, then batch 400 with a new optimizer to 3 steps" in printed.out
+    assert "matched in steps, not in loss" in printed.out
+    assert printed.out.splitlines()[-1].endswith(" s)")
+    assert {path.name for path in out.iterdir()} == {"results.json", "results.csv", "table.txt", "warm_start.png"}
+    assert (out / "warm_start.png").read_bytes().startswith(b"\x89PNG")
+    curve = WarmStartCurve.from_json((out / "results.json").read_text())
+    assert (curve.settings.epochs, curve.settings.seeds, str(curve.settings.match)) == ((0, 1), (0, 1), "steps:3")
+    assert f"{curve}\n" == (out / "table.txt").read_text()
+    assert [line.partition(":")[0] for line in printed.err.splitlines()][:2] == [
+        "network 1 of 8 (seed 0, batch 200)",
+        "network 2 of 8 (seed 0, batch 400)",
+    ]
+
+
+def test_warm_start_quick_is_small_unless_told(tmp_path, monkeypatch):
+    asked = []
+
+    def stop(settings, *rest, **more):
+        asked.append((settings.epochs, len(settings.seeds), settings.small_batch, settings.large_batch, str(settings.match)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sharpness_plugins.experiments.warm_start.run_warm_start", stop)
+    for options in ([], ["--quick"], ["--quick", "--seeds", "1", "--epochs", "3"]):
+        assert main(["warm-start", "--out", str(tmp_path / "w"), *options]) == 130
+    assert asked == [
+        ((0, 5, 12, 25, 50), 6, 8, 400, "loss:0.005"),
+        ((0, 12), 2, 8, 400, "loss:0.005"),
+        ((0, 3), 1, 8, 400, "loss:0.005"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "0"], "seeds must be at least one"),
+        (["--epochs", "-1"], "epochs must be whole numbers from 0 on, got (-1,)"),
+        (["--small-batch", "400"], "small_batch must be at least 1 and below large_batch, got 400 and 400"),
+        (["--large-batch", "801"], "the 800 training samples, got 801"),
+        (["--match", "accuracy:1"], "match must be a positive loss, or a whole number of epochs or steps"),
+        (["--match", "loss"], "match must be loss:VALUE, epochs:N or steps:N, got 'loss'"),
+    ],
+)
+def test_warm_start_refuses_wrong_options_before_it_trains(options, message, tmp_path, capsys):
+    assert main(["warm-start", "--out", str(tmp_path / "warm"), *options]) == 1
+    assert message in error_of(capsys)
+    assert not (tmp_path / "warm").exists()
+
+
+def test_warm_start_without_scikit_learn_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert main(["warm-start", "--out", str(tmp_path / "warm")]) == 1
+    assert 'pip install "sharpness-plugins[demo]"' in error_of(capsys)
+
+
+def test_warm_start_interrupted_keeps_the_seeds_that_are_complete(tmp_path, capsys, monkeypatch):
+    class Impatient(ExperimentProgress):
+        def __call__(self, event):
+            if event.seed == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("sharpness_plugins.cli.ExperimentProgress", Impatient)
+    assert main(["warm-start", *TINY_WARM_START, "--match", "steps:3", "--out", str(tmp_path)]) == 130
+    printed = capsys.readouterr()
+    assert printed.err == "sharpness: interrupted after 1 of 2 seeds\n"
+    curve = WarmStartCurve.from_json((tmp_path / "results.json").read_text())
+    assert [run.seed for run in curve.runs] == [0]
+    assert str(curve) in printed.out
+
+
 class Terminal:
     def __init__(self, is_terminal):
         self.text, self.isatty = "", lambda: is_terminal
@@ -542,13 +622,14 @@ class Terminal:
         pass
 
 
-def test_demo_progress_redraws_on_a_terminal_only(monkeypatch):
+def test_progress_redraws_on_a_terminal_only(monkeypatch):
     monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((30, 20)))
-    events = [DemoEvent(1, 2, 0, 16, "epoch 1, training loss 2.2"), DemoEvent(1, 2, 0, 16, "19 epochs", finished=True)]
+    about = (1, 2, 0, Recipe(16))
+    events = [ExperimentEvent(*about, "epoch 1, training loss 2.2"), ExperimentEvent(*about, "19 epochs", finished=True)]
     shown = {}
     for is_terminal in (True, False):
         stream = Terminal(is_terminal)
-        progress = DemoProgress(stream)
+        progress = ExperimentProgress(stream)
         for event in events:
             progress(event)
         shown[is_terminal] = stream.text

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sharpness_plugins.plots import alpha_plot, sharpness_plot
+from sharpness_plugins.plots import alpha_plot, sharpness_plot, warm_start_plot
 from sharpness_plugins.report import Kind, MetricResult, SharpnessReport, Status
 
 ALPHAS = [-1.0, 0.0, 1.0, 2.0]
@@ -81,6 +81,64 @@ def test_sharpness_plot_leaves_out_what_failed_or_was_not_measured():
 def test_sharpness_plot_refuses_unequal_lengths():
     with pytest.raises(ValueError, match="got 2 and 1"):
         sharpness_plot([1, 2], [report(m=1.0)])
+
+
+def test_sharpness_plot_keeps_apart_what_is_no_part_of_the_line():
+    reports = [report(m=v) for v in (1.0, 3.0, 5.0, 2.0, 4.0)]
+    figure = sharpness_plot([16, 16, 500, 500, 500], reports, apart={3: "warm", 4: "warm"})
+    means, dots, warm = figure.axes[0].get_lines()
+    assert line_data(means) == ([16, 500], [2, 5])
+    assert line_data(dots) == ([16, 16, 500], [1, 3, 5])
+    assert line_data(warm) == ([500, 500], [2, 4])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["warm"]
+    assert not sharpness_plot([16, 500], reports[:2]).legends
+
+
+WARM = {
+    "large_accuracy": [[0.88, 0.90], [0.90, 0.94]],
+    "small_accuracy": {5: [0.95, 0.93]},
+    "sharpness": [[4.0, 6.0], [2.0, 2.0]],
+    "end_accuracy": [0.91, 0.93],
+    "end_sharpness": [1.0, 3.0],
+    "metric": "epsilon_box",
+    "small": "batch 8",
+    "large": "batch 400",
+    "match": "a loss of 1",
+    "title": "two seeds",
+}
+
+
+def test_warm_start_plot_shares_the_epochs_between_accuracy_and_sharpness():
+    figure = warm_start_plot([0, 5], **WARM)
+    above, below = figure.axes
+    (small, *_), (large, *_) = above.containers
+    assert line_data(small) == ([5], [94])
+    assert line_data(large) == ([0, 5], pytest.approx([89, 92]))
+    assert line_data(above.get_lines()[-1])[1] == [92, 92]
+    (final, _, (bars,)) = below.containers[0]
+    assert line_data(final) == ([0, 5], [5, 2])
+    halves = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
+    assert halves == pytest.approx([2 * math.sqrt(2), 0])  # sample standard deviation up and down
+    assert line_data(below.get_lines()[-1])[1] == [2, 2]
+    assert (below.get_yscale(), above.get_yscale()) == ("log", "linear")
+    assert above.get_shared_x_axes().joined(above, below)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "batch 8 alone, to a loss of 1",
+        "batch 8, after so many epochs",
+        "batch 400 started there, to a loss of 1",
+    ]
+    assert "epsilon_box" in below.get_ylabel()
+    assert below.get_xlabel() == "epochs at batch 8 before batch 400"
+
+
+def test_warm_start_plot_leaves_out_what_failed_and_has_no_bars_for_one_seed():
+    one_seed = {**WARM, "large_accuracy": [[0.9], [0.91]], "small_accuracy": {5: [0.95]}, "end_sharpness": [math.nan]}
+    one_seed |= {"sharpness": [[math.nan], [-1.0]], "end_accuracy": [0.92]}
+    above, below = warm_start_plot([0, 5], **one_seed).axes
+    assert all(container.has_yerr is False for container in above.containers)
+    assert line_data(below.containers[0][0]) == ([5], [-1])
+    assert below.get_yscale() == "linear"
+    assert len(below.get_lines()) == 1  # no line across without a value
 
 
 def test_plots_leave_no_figure_behind_and_need_no_display():

@@ -107,7 +107,7 @@ def record_of(name):
 def test_builtins_are_a_plugin_like_any_other():
     assert plugins()[0].name == "builtin"
     assert plugins()[0].status == "loaded"
-    assert {"epsilon_box", "random_subspace", "hessian_topk"} <= set(plugins()[0].metrics)
+    assert {"epsilon_box", "random_subspace", "hessian_topk"} <= set(plugins()[0].offers["metric"])
     offer = available_metrics()["epsilon_box"]
     assert (offer.plugin, offer.distribution) == ("builtin", "sharpness-plugins")
 
@@ -249,7 +249,7 @@ def test_faulty_plugin_is_one_warning_and_keeps_what_works(install, distribution
     assert extent in sentence.split(":")[0]
     assert reason in sentence
     assert sentence.endswith(f"Disable it with SHARPNESS_PLUGINS_DISABLE={name}")
-    assert list(record_of(name).metrics) == kept
+    assert list(record_of(name).offers.get("metric", ())) == kept
     assert record_of(name).status == ("loaded" if kept else "failed")
     assert reason in record_of(name).error
     assert set(kept) | {"good_loss", "epsilon_box"} <= set(available_metrics())
@@ -325,7 +325,7 @@ def test_metric_exported_by_two_distributions_is_one_metric(install, write):
     install("good")
     write("sp-reexport", "again = sp_reexport", sp_reexport="from sp_good import loss")
     assert available_metrics("good_loss")["good_loss"].distribution == "sp-good"
-    assert record_of("again").metrics == ("good_loss",)
+    assert record_of("again").offers == {"metric": ("good_loss",)}
 
 
 def test_lazy_names_of_a_plugin_module_are_left_alone(write):
@@ -681,7 +681,7 @@ def test_module_imported_by_hand_first_is_not_offered_twice(install, own_registr
     install("good")
     import sp_good
 
-    assert ("good_loss", "sp_good:loss") in own_registry._session  # else this would test nothing
+    assert ("metric", "good_loss", "sp_good:loss") in own_registry._session  # else this would test nothing
     offer = available_metrics("good_loss")["good_loss"]
     assert offer.distribution == "sp-good"
     assert metric_provenance(sp_good.loss.with_settings(scale=3.0)) == ("good", "sp-good", "1.2")

@@ -6,36 +6,29 @@ With two hidden layers, convolutions or batch normalization, the half about accu
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import csv
-import io
-import json
-import os
-import platform
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from .. import measure_sharpness
 from ..errors import missing_dependency
 from ..plots import alpha_plot, sharpness_plot
-from .comparison import BatchSizeComparison, Network
+from .comparison import BatchSizeComparison
 from .data import Split, digits_split
+from .files import csv_text, versions, write_results
 from .networks import relu_mlp
-from .training import Evaluation, Training, evaluate, train_to_loss
+from .recipes import ExperimentEvent, ExperimentListener, Network, Recipe, measured
+from .training import Evaluation, Training, evaluate, one_thread, train_to_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["AlphaCurve", "DemoEvent", "DemoListener", "DemoResult", "DemoSettings", "alpha_curve", "run_demo"]
+__all__ = ["AlphaCurve", "DemoResult", "DemoSettings", "alpha_curve", "run_demo"]
 
 SCHEMA_VERSION = 1
 TEXT_WIDTH = 112  # of the table with four batch sizes
@@ -50,16 +43,18 @@ class DemoSettings:
         seeds: how many; seed s decides the split, the initial weights (the same for every batch size) and the order.
         batch_sizes: at least two; the smallest is compared with the largest.
         target_loss: training stops when an epoch's mean loss is below it, so that all minima are equally deep.
+        warm_epochs: of the smallest batch before the largest, in the column "warm start"; 0 leaves it out.
         max_epochs: cap for networks that do not get there.
     """
 
     seeds: int = 3
-    batch_sizes: tuple[int, ...] = (16, 50, 150, 500)
+    batch_sizes: tuple[int, ...] = (16, 100, 500)
     device: str = "cpu"
     widths: tuple[int, ...] = (64, 256, 256, 256, 256, 10)
     num_train: int = 500
     learning_rate: float = 1e-3
     target_loss: float = 2e-3
+    warm_epochs: int = 5
     max_epochs: int = 500
 
     def __post_init__(self) -> None:
@@ -71,31 +66,21 @@ class DemoSettings:
             raise ValueError(
                 f"batch_sizes must lie between 1 and the {self.num_train} training samples, got {self.batch_sizes}"
             )
-        if self.max_epochs < 1:
-            raise ValueError(f"max_epochs must be at least 1, got {self.max_epochs}")
+        if self.max_epochs < 1 or self.warm_epochs < 0:
+            raise ValueError(
+                f"max_epochs must be at least 1 and warm_epochs 0, got {self.max_epochs} and {self.warm_epochs}"
+            )
         object.__setattr__(self, "batch_sizes", tuple(sorted(set(self.batch_sizes))))
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        small, large = self.batch_sizes[0], self.batch_sizes[-1]
+        warm = [Recipe(large, self.warm_epochs, small)] if self.warm_epochs else []
+        return [*map(Recipe, self.batch_sizes), *warm]
 
     @property
     def title(self) -> str:
         return f"ReLU network {'-'.join(map(str, self.widths))}, {self.num_train} digits"
-
-
-@dataclass(frozen=True)
-class DemoEvent:
-    """What the demo is doing; ``finished`` once per network, when ``text`` sums it up."""
-
-    network: int
-    num_networks: int
-    seed: int
-    batch_size: int
-    text: str
-    finished: bool = False
-
-    def __str__(self) -> str:
-        return f"network {self.network} of {self.num_networks} (seed {self.seed}, batch {self.batch_size}): {self.text}"
-
-
-DemoListener = Callable[[DemoEvent], None]
 
 
 @dataclass(frozen=True)
@@ -153,9 +138,10 @@ class DemoResult:
         """By file name."""
         title, seeds = self.settings.title, self.settings.seeds
         by_batch_size = sharpness_plot(
-            [network.batch_size for network in self.networks],
+            [network.recipe.batch_size for network in self.networks],
             [network.report for network in self.networks],
             others={"test accuracy [%]": [100 * network.test.accuracy for network in self.networks]},
+            apart={i: f"{n.recipe} (warm start)" for i, n in enumerate(self.networks) if n.recipe.is_warm},
             xlabel="batch size [samples]",
             title=f"{title}: each dot one of {seeds} seed{'s' * (seeds > 1)}, line through the means",
         )
@@ -173,17 +159,7 @@ class DemoResult:
             "versions": dict(self.versions),
             "seconds": self.seconds,
             "summary": self.comparison.sentences(),
-            "networks": [
-                {
-                    "seed": network.seed,
-                    "batch_size": network.batch_size,
-                    "training": asdict(network.training),
-                    "train": network.train._asdict(),
-                    "test": network.test._asdict(),
-                    "report": network.report.to_dict(),
-                }
-                for network in self.networks
-            ],
+            "networks": [network.to_dict() for network in self.networks],
             "alpha_plot": {
                 "seed": self.alpha.seed,
                 "small_batch": self.alpha.small_batch,
@@ -197,49 +173,31 @@ class DemoResult:
     def to_csv(self) -> str:
         """One row per network."""
         metrics = self.comparison.metrics
-        head = ["seed", "batch_size", "epochs", "updates", "reached_target", "train_loss", "test_loss", "test_accuracy"]
+        head = ["seed", "batch_size", "warm_epochs", "warm_batch", "epochs", "steps", "samples", "seconds"]
+        head += ["reached_target", "train_loss", "test_loss", "test_accuracy"]
         for key in metrics:
             head += [key, f"{key}_standard_error", f"{key}_status"]
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(head)
+        rows = []
         for network in self.networks:
-            training = network.training
-            row: list[object] = [
-                network.seed,
-                network.batch_size,
-                training.epochs,
-                training.updates,
-                training.reached_target,
-            ]
+            recipe = network.recipe
+            row: list[object] = [network.seed, recipe.batch_size, recipe.warm_epochs, recipe.warm_batch]
+            row += [network.epochs, network.steps, network.samples, network.seconds, network.reached_target]
             row += [network.train.loss, network.test.loss, network.test.accuracy]
             for key in metrics:
                 result = network.report[key]
                 row += [result.value, result.standard_error, result.status.kind.value]
-            rows.writerow(row)
-        return text.getvalue()
+            rows.append(row)
+        return csv_text(head, rows)
 
     def write(self, folder: Path) -> list[Path]:
         """Table, numbers and pictures; each file appears complete or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        contents: dict[str, bytes] = {
-            "results.json": json.dumps(self.to_dict(), indent=2, allow_nan=False).encode(),
-            "results.csv": self.to_csv().encode(),
-            "table.txt": f"{self}\n".encode(),
-        }
-        for name, figure in self.figures().items():
-            png = io.BytesIO()
-            figure.savefig(png, format="png", dpi=150)
-            contents[name] = png.getvalue()
-        for name, content in contents.items():
-            _write_atomically(folder / name, content)
-        return [folder / name for name in contents]
+        return write_results(folder, data=self.to_dict(), table=str(self), rows=self.to_csv(), figures=self.figures())
 
 
 def run_demo(
-    settings: DemoSettings | None = None, *, metrics: Any = None, listener: DemoListener | None = None
+    settings: DemoSettings | None = None, *, metrics: Any = None, listener: ExperimentListener | None = None
 ) -> DemoResult:
-    """Train every batch size in every seed to the same training loss, and measure each network on its training samples.
+    """Train by every recipe in every seed to the same training loss, and measure each network on its training samples.
 
     The caller's random generators are left as they were.
 
@@ -254,78 +212,63 @@ def run_demo(
     began = time.monotonic()
     networks: list[Network] = []
     ends: list[nn.Module] = []  # smallest and largest batch size of the first seed
-    num_networks = settings.seeds * len(settings.batch_sizes)
+    num_networks = settings.seeds * len(settings.recipes)
     sizes = settings.batch_sizes[0], settings.batch_sizes[-1]
-    with _one_thread():
+    with one_thread():
         for seed in range(settings.seeds):
             split = digits_split(seed, num_train=settings.num_train)
             split = Split(split.train.to(settings.device), split.test.to(settings.device))
-            for batch_size in settings.batch_sizes:
-                tell = _teller(listener, len(networks) + 1, num_networks, seed, batch_size)
-                model, network = _train_and_measure(settings, split, seed, batch_size, metrics, tell)
+            for recipe in settings.recipes:
+                tell = _teller(listener, len(networks) + 1, num_networks, seed, recipe)
+                model, network = _train_and_measure(settings, split, seed, recipe, metrics, tell)
                 networks.append(network)
-                if seed == 0 and batch_size in sizes:
+                if seed == 0 and recipe in map(Recipe, sizes):
                     ends.append(model)
         curve = alpha_curve(ends[0], ends[1], digits_split(0, num_train=settings.num_train), seed=0, batch_sizes=sizes)
-    return DemoResult(settings, tuple(networks), curve, _versions(), time.monotonic() - began)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Same numbers on any number of cores, and no slower: the matrices are small.
-
-    On a busy machine two threads wait for each other at every one of them: 71 s for a network that takes 7 s with one.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return DemoResult(settings, tuple(networks), curve, versions(), time.monotonic() - began)
 
 
 Tell = Callable[..., None]
 
 
-def _teller(listener: DemoListener | None, network: int, num_networks: int, seed: int, batch_size: int) -> Tell:
+def _teller(listener: ExperimentListener | None, network: int, num_networks: int, seed: int, recipe: Recipe) -> Tell:
     def tell(text: str, *, finished: bool = False) -> None:
         if listener is not None and text:
-            listener(DemoEvent(network, num_networks, seed, batch_size, text, finished))
+            listener(ExperimentEvent(network, num_networks, seed, recipe, text, finished))
 
     return tell
 
 
 def _train_and_measure(
-    settings: DemoSettings, split: Split, seed: int, batch_size: int, metrics: Any, tell: Tell
+    settings: DemoSettings, split: Split, seed: int, recipe: Recipe, metrics: Any, tell: Tell
 ) -> tuple[nn.Module, Network]:
     began = time.monotonic()
     model = relu_mlp(settings.widths, seed=seed).to(settings.device)
-    training = train_to_loss(
+    phases: list[Training] = []
+    for batch_size, epochs in recipe.phases:
+        phases.append(
+            train_to_loss(
+                model,
+                split.train,
+                batch_size=batch_size,
+                target_loss=settings.target_loss,
+                max_epochs=epochs or settings.max_epochs,
+                learning_rate=settings.learning_rate,
+                seed=seed,
+                on_epoch=lambda epochs, loss: tell(f"epoch {epochs}, training loss {loss:.3g}"),
+            )
+        )
+    network = measured(
         model,
-        split.train,
-        batch_size=batch_size,
-        target_loss=settings.target_loss,
-        max_epochs=settings.max_epochs,
-        learning_rate=settings.learning_rate,
+        split,
         seed=seed,
-        on_epoch=lambda epochs, loss: tell(f"epoch {epochs}, training loss {loss:.3g}"),
+        recipe=recipe,
+        phases=tuple(phases),
+        metrics=metrics,
+        progress=lambda event: tell(str(event)),
     )
-    report = measure_sharpness(
-        model, [(split.train.inputs, split.train.labels)], metrics, seed=seed, progress=lambda event: tell(str(event))
-    )
-    network = Network(seed, batch_size, training, evaluate(model, split.train), evaluate(model, split.test), report)
-    tell(_summary(network, time.monotonic() - began), finished=True)
+    tell(f"{network}, {time.monotonic() - began:.1f} s", finished=True)
     return model, network
-
-
-def _summary(network: Network, seconds: float) -> str:
-    training: Training = network.training
-    missed = "" if training.reached_target else " (target NOT reached)"
-    values = ", ".join(f"{key} {result.value:.3g}" for key, result in network.report.items())
-    return (
-        f"{training.epochs} epochs, training loss {network.train.loss:.2g}{missed}, "
-        f"test accuracy {network.test.accuracy:.1%}, {values}, {seconds:.1f} s"
-    )
 
 
 def alpha_curve(
@@ -348,19 +291,3 @@ def alpha_curve(
         train_points.append(evaluate(between, train))
         test_points.append(evaluate(between, test))
     return AlphaCurve(seed, *batch_sizes, tuple(alphas), tuple(train_points), tuple(test_points))
-
-
-def _versions() -> dict[str, str]:
-    packages = {
-        name: version(name) for name in ("sharpness-plugins", "torch", "numpy", "scipy", "scikit-learn", "matplotlib")
-    }
-    return {"python": platform.python_version(), **packages}
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

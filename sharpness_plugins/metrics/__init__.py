@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .eigenpairs import AdaptiveTopK, GaussNewtonTopK
     from .epsilon_box import EpsilonBox
     from .hessian import HessianTopK
+    from .noise_scale import GradientNoiseScale
     from .preconditioned import PreconditionedTopK
     from .random_subspace import RandomSubspace
     from .trace import FisherTrace, GaussNewtonTrace, HessianFrobenius, HessianTrace
@@ -24,6 +25,7 @@ __all__ = [
     "FisherTrace",
     "GaussNewtonTopK",
     "GaussNewtonTrace",
+    "GradientNoiseScale",
     "HessianBottom",
     "HessianFrobenius",
     "HessianTopK",
@@ -35,6 +37,7 @@ __all__ = [
 
 _HOME = {
     "EpsilonBox": "epsilon_box",
+    "GradientNoiseScale": "noise_scale",
     "HessianTopK": "hessian",
     "RandomSubspace": "random_subspace",
     "HessianBottom": "bottom",
@@ -106,6 +109,11 @@ def sharpness_metrics() -> Iterable[MetricSpec]:
         "preconditioned_topk",
         f"{__name__}.preconditioned:PreconditionedTopK",
         "largest eigenvalues of the Hessian as an optimizer sees it, and its edge-of-stability ratio",
+    )
+    yield MetricSpec(
+        "gradient_noise_scale",
+        f"{__name__}.noise_scale:GradientNoiseScale",
+        "batch size whose gradient noise is as long as its gradient, in samples, with a standard error",
     )
 
 

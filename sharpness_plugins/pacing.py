@@ -1,0 +1,110 @@
+"""When to measure during training: how often it was asked for, and what it may cost."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .schedules import Duration, Progress
+
+__all__ = ["Budget", "Pace"]
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+_TIME = re.compile(r"\s*(?P<number>\d+\.?\d*)\s*(?P<unit>s|sec|seconds?|min|minutes?|h|hours?)\s*", re.IGNORECASE)
+
+
+class Pace:
+    """Due once at the beginning and then after every so much training.
+
+    Args:
+        every: a duration such as ``"1ep"`` or ``"500 steps"``, or a time such as ``"10 min"``; None for always.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, every: str | Duration | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds = _seconds(every)
+        self._every = None if every is None or self._seconds is not None else Duration.parse(every)
+        if self._seconds == 0 or (self._every is not None and not self._every.amount):
+            raise ValueError(f"measuring every {every!r} has no end. Write '1 step' for every step")
+        self._clock, self._last = clock, None
+
+    _last: float | None
+
+    def is_due(self, progress: Progress) -> bool:
+        if self._last is None:
+            return True
+        if self._every is not None:
+            return self._every.reached(progress, since=self._last)
+        return self._seconds is None or self._clock() - self._last >= self._seconds
+
+    def took_place(self, progress: Progress) -> None:
+        self._last = self._clock() if self._every is None else self._every.position(progress)
+
+    def state_dict(self) -> dict[str, float | None]:
+        """JSON. A pace in seconds saves how long ago the last measurement was."""
+        ago = self._seconds is not None and self._last is not None
+        return {"last": self._clock() - self._last if ago and self._last is not None else self._last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        last = state["last"]
+        self._last = self._clock() - last if self._seconds is not None and last is not None else last
+
+
+def _seconds(every: str | Duration | None) -> float | None:
+    match = _TIME.fullmatch(every) if isinstance(every, str) else None
+    return None if match is None else float(match["number"]) * _UNITS[match["unit"][0].lower()]
+
+
+class Budget:
+    """The share of training that measuring may take, in seconds or in gradients of samples.
+
+    Args:
+        share: .05 for 5 %; None for no limit.
+        unit: "seconds" is wall time. "samples" counts the samples whose gradients are taken, in training and in
+            measuring: then what is afforded depends on nothing but the run, and a resumed run measures at the same steps.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, share: float | None, unit: str = "seconds", clock: Callable[[], float] = time.monotonic) -> None:
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f"a budget is a share of training above 0 and at most 1, got {share!r}. Example: 0.05 for 5 %")
+        if unit not in ("seconds", "samples"):
+            raise ValueError(f"a budget counts 'seconds' or 'samples', got {unit!r}")
+        self.share, self.unit, self.clock = share, unit, clock
+        self.trained = self.spent = 0.0
+        self._mark = clock()
+
+    def train(self, progress: Progress) -> None:
+        """Training has come this far; the time since the last call was training's."""
+        self.trained = float(progress.samples) if self.unit == "samples" else self.trained + self._lap()
+
+    def pay(self, work: float) -> float:
+        """A measurement has ended that was worth ``work`` gradients of samples; returns its price in this budget's unit."""
+        price = work if self.unit == "samples" else self._lap()
+        self.spent += price
+        return price
+
+    def affords(self, price: float) -> bool:
+        return self.share is None or self.spent + price <= self.share * self.trained
+
+    def price_of(self, work: float, progress: Progress) -> float:
+        """What ``work`` gradients of samples would cost, at the rate of training so far."""
+        return work if self.unit == "samples" else work * self.trained / max(progress.samples, 1)
+
+    @property
+    def share_spent(self) -> float:
+        """What measuring has taken, as a share of what training has."""
+        return self.spent / self.trained if self.trained else 0.0
+
+    def _lap(self) -> float:
+        before, self._mark = self._mark, self.clock()
+        return self._mark - before
+
+    def state_dict(self) -> dict[str, float]:
+        return {"trained": self.trained, "spent": self.spent}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.trained, self.spent = float(state["trained"]), float(state["spent"])
+        self._mark = self.clock()
