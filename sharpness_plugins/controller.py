@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 
 from . import distributed, registry
 from .accumulation import Accumulation, synchronized
+from .batches import count_samples
 from .coupling import AdaScale, CouplingRule, LearningRateCoupling, SampleHorizon, default_rule
 from .errors import LoaderError
 from .noise_scale import NoiseScaleMeter
 from .pacing import Budget
-from .samplers import AccumulatingLoader, ResizableLoader
+from .samplers import AccumulatingLoader, ResizableLoader, check_repeatable
 from .schedules import (
     BatchSchedule,
     Decision,
@@ -161,6 +162,11 @@ class BatchController:
         requests = {**self.schedule.signals, **({rule.signal: None} if isinstance(rule, AdaScale) else {})}
         share = getattr(self.schedule, "budget", None) if budget is None else budget
         self._book = SignalBook(requests, Budget(share, budget_in, clock))
+        if self._book.measured and (model is None or probe is None):
+            raise ValueError(
+                f"the schedule looks at {self._book.measured[0]!r}, which is measured on a model and on data of its own: "
+                "pass BatchController(..., model=model, probe=probe_batches(loader))"
+            )
         if meter is None and self._book.needs_meter:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             several = distributed.world_size() > 1
@@ -413,7 +419,7 @@ class BatchController:
             made: ResizableLoader | AccumulatingLoader
             made = ResizableLoader(loader, self.plan, **ranks)  # type: ignore[arg-type]
         except LoaderError:
-            size = _batch_size_of(loader, self.plan)
+            size = _batch_size_of(loader)
             self._max_micro_batch = self._multiple = size
             self.plan = self._planned(self.plan.batch_size)
             made = AccumulatingLoader(loader, self.plan, all_ranks=distributed.on_every_rank)
@@ -564,7 +570,16 @@ def _not_negative(name: str, number: float) -> float:
     return number
 
 
-def _batch_size_of(loader: Iterable[Any], wanted: Plan) -> int:
-    """Of the batches that a loader gives; the plan's where it does not say."""
-    size = getattr(loader, "batch_size", None)
-    return size if isinstance(size, int) and size > 0 else wanted.micro_batch
+def _batch_size_of(loader: Iterable[Any]) -> int:
+    """Samples in the batches that a loader gives, which are taken as they are."""
+    check_repeatable(loader)
+    told = (getattr(holder, "batch_size", None) for holder in (loader, getattr(loader, "batch_sampler", None)))
+    size = next((size for size in told if isinstance(size, int)), None)
+    if size is None and isinstance(loader, Sequence) and len(loader):
+        size = count_samples(loader[0])
+    if not size:
+        raise LoaderError(
+            f"a {type(loader).__name__} does not say how many samples its batches hold, so nobody knows how many make a "
+            "batch of the size wanted. Give it an attribute batch_size."
+        )
+    return size

@@ -28,8 +28,8 @@ class KrylovNeed:
     Args:
         operator: which matrix; needs of equal ones are met by one run.
         request: eigenvalues that must converge; None for none.
-        num_steps: of the space of the starting vector itself, where nothing must converge; a wish where something must,
-            since the run ends when it has.
+        num_steps: of the space of the starting vector itself, where nothing must converge; the run makes as many at least,
+            and ends earlier only where the space is exhausted, or restarts earlier where memory holds no more vectors.
     """
 
     operator: Curvature
@@ -94,7 +94,7 @@ def merged(needs: list[KrylovNeed], dim: int) -> LanczosRequest:
         return LanczosRequest(k=steps, guard=0, num_matvecs=steps, max_basis=steps + 2, keep_basis=True)
     first, wanted = requests[0], max(request.wanted for request in requests)
     k = min(max(request.k for request in requests), dim)
-    budget = max(request.num_matvecs for request in requests)
+    budget = max(steps, *(request.num_matvecs for request in requests))
     guard = max(request.guard for request in requests)
     basis = max([wanted + 2, steps, *(request.max_basis or 2 * request.k + 4 for request in requests)])
     if dim <= min(_WHOLE, budget):
@@ -104,6 +104,7 @@ def merged(needs: list[KrylovNeed], dim: int) -> LanczosRequest:
         k=k,
         tolerance=min(request.tolerance for request in requests),
         num_matvecs=budget,
+        min_matvecs=steps,
         guard=guard,
         check_multiplicity=any(request.check_multiplicity for request in requests),
         max_basis=max(basis, k + guard * len(first.ends) + 2),

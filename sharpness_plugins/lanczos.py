@@ -173,6 +173,8 @@ class _Run:
         """Why to end here, if so; and whether to search the complement of what was found."""
         if self._filled == self._dim:
             return Ending.WHOLE_SPACE, False
+        if self._used < self._request.min_matvecs:
+            return None, False
         exhausted = self._used == self._request.num_matvecs
         limits, residuals = self._limits(ritz), ritz.residuals[ritz.needed]
         if not self._request.check_multiplicity:

@@ -29,7 +29,7 @@ from .batches import count_samples
 from .errors import LoaderError
 from .schedules.planner import Plan
 
-__all__ = ["AccumulatingLoader", "MicroBatch", "ResizableBatchSampler", "ResizableLoader"]
+__all__ = ["AccumulatingLoader", "MicroBatch", "ResizableBatchSampler", "ResizableLoader", "check_repeatable"]
 
 T = TypeVar("T")
 _END: Any = object()
@@ -467,11 +467,7 @@ class AccumulatingLoader:
         count: Callable[[Any], float | None] = count_samples,
         all_ranks: Callable[[bool], bool] = bool,
     ) -> None:
-        if isinstance(loader, Iterator):
-            raise LoaderError(
-                f"loader can be iterated only once (got a {type(loader).__name__}), but training makes several passes. "
-                "Pass the iterable that it came from."
-            )
+        check_repeatable(loader)
         self.epoch = 0
         self.micro_batch: MicroBatch | None = None
         self._loader, self._plan, self._next_plan = loader, plan, plan
@@ -561,6 +557,15 @@ class AccumulatingLoader:
         for part in parts:
             if callable(set_epoch := getattr(part, "set_epoch", None)):
                 set_epoch(epoch)
+
+
+def check_repeatable(loader: Iterable[Any]) -> None:
+    """LoaderError for an iterator."""
+    if isinstance(loader, Iterator):
+        raise LoaderError(
+            f"loader can be iterated only once (got a {type(loader).__name__}), but training makes several passes. "
+            "Pass the iterable that it came from."
+        )
 
 
 def _check_resizable(loader: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import registry
-from .errors import UnknownNameError, did_you_mean
+from .errors import PluginWarning, UnknownNameError, did_you_mean
 from .measure import measure_sharpness
 from .pacing import Budget, Pace
 from .registry import Metric
@@ -62,10 +63,7 @@ class MetricSignal:
 
     def __call__(self, context: SignalContext) -> Signal:
         if context.model is None or context.probe is None:
-            raise ValueError(
-                f"the schedule looks at {registry.metric_name(self.metric)!r}, which is measured on a model and a loader "
-                "of its own: pass BatchController(..., model=model, probe=loader)"
-            )
+            raise ValueError(f"{registry.metric_name(self.metric)!r} is measured on a model and a probe, and here is none")
         report = measure_sharpness(
             context.model,
             context.probe,
@@ -146,6 +144,11 @@ class SignalBook:
         return tuple(self._sources)
 
     @property
+    def measured(self) -> list[str]:
+        """The signals that are metrics, measured on the probe."""
+        return [name for name, source in self._sources.items() if isinstance(source, MetricSignal)]
+
+    @property
     def needs_meter(self) -> bool:
         """Whether a signal comes from the gradients of training."""
         return any(isinstance(source, MeterSignal) for source in self._sources.values())
@@ -156,9 +159,20 @@ class SignalBook:
         for name, pace in self._paces.items():
             price = self._prices.get(name, self.budget.price_of(FIRST_GUESS * _length(context.probe), progress))
             if pace.is_due(progress) and (self._is_free(name) or self.budget.affords(price)):
-                self.newest[name] = signal = self._sources[name](context)
+                self.newest[name] = signal = self._ask(name, context)
                 self._prices[name] = self.budget.pay(signal.work)
                 pace.took_place(progress)
+
+    def _ask(self, name: str, context: SignalContext) -> Signal:
+        """One that raises is unknown, and training goes on."""
+        try:
+            return self._sources[name](context)
+        except Exception as error:
+            if registry.is_strict():
+                raise
+            note = f"{type(error).__name__}: {error}"
+            warnings.warn(f"signal {name!r} failed at step {context.step}: {note}", PluginWarning, stacklevel=4)
+            return Signal(None, None, context.step, context.samples, note)
 
     def _is_free(self, name: str) -> bool:
         return isinstance(self._sources[name], MeterSignal)

@@ -14,7 +14,7 @@ from . import reductions, sampling
 from .basis import Basis
 from .krylov import LanczosResult
 
-__all__ = ["Estimate", "Probes", "hutch_pp", "mean_of", "signs", "xtrace"]
+__all__ = ["Estimate", "Probes", "hutch_pp", "mean_of", "on_sphere", "signs", "xtrace"]
 
 MatVec = Callable[[Tensor], Tensor]
 Blocks = Mapping[str, slice]
@@ -58,6 +58,13 @@ def mean_of(samples: Tensor, offset: float = 0.0) -> Estimate:
 def signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """A vector of ±1 with the shape, dtype and device of ``like``: of all probes the one with the smallest variance."""
     return torch.where(sampling.uniform(like.numel(), generator, like) < 0, -1.0, 1.0).to(like)
+
+
+def on_sphere(like: Tensor, generator: torch.Generator) -> Tensor:
+    """A vector uniform on the sphere of radius √dim, with the shape, dtype and device of ``like``."""
+    vector = sampling.normal(like.numel(), generator, like)
+    scale: Tensor = like.numel() ** 0.5 / reductions.norm(vector)
+    return vector * scale.to(vector)
 
 
 class Probes:
@@ -178,9 +185,11 @@ def hutch_pp(matvec: MatVec, like: Tensor, num_matvecs: int, generator: torch.Ge
 def xtrace(matvec: MatVec, like: Tensor, num_matvecs: int, generator: torch.Generator) -> Estimate:
     """Trace by XTrace: as Hutch++, with every test vector used for the range and, left out of it, as a probe.
 
-    The standard error is that of exchangeable, not of independent estimates, and optimistic: measured, its 95 % interval
-    covers 86 to 94 %. Poor where the trace is a small difference of
-    large parts (an untrained network), as everything that rests on a low rank.
+    The test vectors are uniform on a sphere, and what a probe has left beside the range is scaled back to the length that it
+    has on average: measured, as accurate as signs or up to a sixth more. The standard error is that of exchangeable, not of
+    independent estimates, and optimistic: its 95 % interval covers 89 to 95 % on networks of digits. Poor where the trace is
+    a small difference of large parts (an untrained network), as everything that rests on a low rank.
+
     Memory: ``num_matvecs / 2`` vectors.
 
     Raises:
@@ -189,12 +198,12 @@ def xtrace(matvec: MatVec, like: Tensor, num_matvecs: int, generator: torch.Gene
     """
     if num_matvecs < 4:
         raise ValueError(f"XTrace needs at least 4 products, got {num_matvecs}")
-    count = num_matvecs // 2
+    count, dim = num_matvecs // 2, like.numel()
     span, before = _Span(matvec, like, count), generator.get_state()
     quadratic = torch.zeros(count, dtype=torch.float64)
     columns = torch.zeros((count, count), dtype=torch.float64)  # R of the QR decomposition of the products
     for i in range(count):
-        omega = signs(like, generator)
+        omega = on_sphere(like, generator)
         y = matvec(omega)
         quadratic[i] = reductions.dot(omega, y)
         if not span.add(y):  # the range is exhausted, and the trace on it is the trace
@@ -202,14 +211,14 @@ def xtrace(matvec: MatVec, like: Tensor, num_matvecs: int, generator: torch.Gene
         columns[: i + 1, i] = span.coefficients
     again = torch.Generator().manual_seed(0)
     again.set_state(before)  # the same test vectors, which need not be stored
-    w = torch.stack([span.coordinates(signs(like, again)) for _ in range(count)], dim=1)
+    w = torch.stack([span.coordinates(on_sphere(like, again)) for _ in range(count)], dim=1)
     h = span.projected()
     s = torch.linalg.inv(columns).T  # what of the span only column i contributes
     s = s / s.norm(dim=0)
     x = w - s * (s * w).sum(dim=0)
     without = h.trace() - (s * (h @ s)).sum(dim=0)
     probed = quadratic - 2 * (x * columns).sum(dim=0) + (x * (h @ x)).sum(dim=0)
-    return mean_of(without + probed)
+    return mean_of(without + probed * (dim - count + 1) / (dim - x.square().sum(dim=0)))
 
 
 class _Span:

@@ -440,6 +440,24 @@ def test_a_metric_that_fails_is_an_unknown_signal_and_the_deadline_still_holds()
     assert change.new.batch_size == 50
 
 
+def test_a_signal_that_raises_is_unknown_and_training_goes_on(plugin):
+    def broken(context):
+        raise OSError("the sensor is off")
+
+    plugin(sharpness_signals=lambda: [SignalSpec("acme_level", lambda: broken)])
+    run = Run(Scripted(every="30 steps"))
+    with pytest.warns(UserWarning, match=r"signal 'acme_level' failed at step 0: OSError: the sensor is off"):
+        run.train(5)
+    assert run.controller.signals["acme_level"].value is None
+    assert run.controller.step == 5
+
+
+def test_a_metric_without_a_probe_is_refused_at_once():
+    schedule = SharpnessSwitch(8, 80, deadline="30ep")
+    with pytest.raises(ValueError, match=r"'hessian_topk', which is measured on a model and on data of its own.*probe="):
+        BatchController(schedule, torch.optim.SGD(network().parameters(), lr=0.1))
+
+
 def test_the_noise_scale_of_training_grows_the_batch():
     run = Run(NoiseScale(4, max_batch_size=64), max_micro_batch=2).train(120)
     signal = run.controller.signals["gradient_noise_scale"]
@@ -655,6 +673,24 @@ def test_a_stream_grows_by_accumulation_alone():
     assert (controller.step, controller.samples) == (5, 60)
 
 
+def test_batches_in_a_list_are_accumulated():
+    data = Indexed(40)
+    batches = [(data.inputs[start : start + 4], data.targets[start : start + 4]) for start in range(0, 40, 4)]
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = BatchController("0:12", optimizer)
+    steps = []
+    for inputs, targets in controller.batches(batches):
+        controller.backward(functional.cross_entropy(model(inputs), targets))
+        if controller.at_step:
+            optimizer.step()
+            optimizer.zero_grad()
+            steps.append(controller.samples)
+    assert (controller.batch_size, steps) == (12, [12, 24, 36, 40])
+    with pytest.raises(LoaderError, match="does not say how many samples"):
+        next(BatchController("0:12", torch.optim.SGD(model.parameters(), lr=0.1)).batches(dict.fromkeys(range(3))))
+
+
 def test_a_trainer_that_delivers_by_itself_asks_and_tells():
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0)
     controller = BatchController("0:32 1Ktokens:128", optimizer, max_micro_batch=64, num_samples=64)
@@ -736,7 +772,8 @@ def _sum(world_size: int):
 
 
 def test_two_ranks_take_rank_zeros_decisions_and_train_as_one_process_does(tmp_path):
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo"])  # which DDP imports: 4 s in each process
     processes = [context.Process(target=on_rank, args=(rank, 2, str(tmp_path))) for rank in range(2)]
     for process in processes:
         process.start()

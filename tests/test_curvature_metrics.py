@@ -26,6 +26,7 @@ from sharpness_plugins.metrics import (
 )
 from sharpness_plugins.objective import Objective
 from sharpness_plugins.operators import Curvature, Operator, from_linear_operator
+from sharpness_plugins.plots import density_plot
 from sharpness_plugins.report import Kind, MetricResult
 
 F64 = torch.float64
@@ -155,6 +156,25 @@ def test_the_smallest_eigenvalue_lies_between_its_bounds(wide):
     assert certified.status.kind is Kind.CONVERGED
 
 
+def test_the_bound_from_below_holds_as_often_as_it_says():
+    """Kuczyński and Woźniakowski's, on spectra whose ends are hard to see: from 20 directions each, few steps to many."""
+    n = 300
+    chebyshev = -torch.cos(torch.linspace(0, math.pi, n, dtype=F64))  # dense at its ends
+    alone = torch.cat([torch.tensor([-1.0], dtype=F64), torch.linspace(-0.9, 1, n - 1, dtype=F64)])
+    shifted = torch.cat([torch.tensor([1e3 - 1], dtype=F64), 1e3 + torch.linspace(0, 1, n - 1, dtype=F64)])
+    missed = finite = 0
+    for spectrum in (chebyshev, alone, shifted):
+        for seed in range(20):
+            operator = Operator(lambda v, s=spectrum: s * v, torch.zeros(n, dtype=F64), {}, "the matrix")
+            for steps in (12, 20, 30):
+                (found,) = measure_operator(operator, [HessianBottom(num_matvecs=steps)], seed=seed).values()
+                missed += found.details["lower_bound"] > spectrum.min().item() + 1e-9
+                finite += math.isfinite(found.details["lower_bound"])
+                assert found.value >= spectrum.min().item() - 1e-9
+    assert missed <= 0.05 * 180
+    assert finite >= 120
+
+
 def test_the_density_is_that_of_the_spectrum_within_its_error():
     """Smoothed widely enough for twenty nodes, at every point of the grid, for a bulk and outliers; over many seeds."""
     dim = 1000
@@ -176,7 +196,45 @@ def test_the_density_is_that_of_the_spectrum_within_its_error():
     assert torch.stack(hits).mean() > 0.85
 
 
+def test_the_density_is_drawn_with_its_error_and_every_settled_eigenvalue(wide):
+    problem, _ = wide
+    result = measure_sharpness(problem.model, problem.loader(), SpectralDensity(num_nodes=30))["spectral_density"]
+    details = result.details
+    (axes,) = density_plot(result, title="a network").axes
+    curve, marks = axes.get_lines()
+    assert list(curve.get_xdata()) == details["grid"]
+    drawn, density, error = (
+        torch.tensor(list(x), dtype=F64) for x in (curve.get_ydata(), details["density"], details["density_error"])
+    )
+    floor = axes.get_ylim()[0]
+    assert torch.equal(drawn, density.clamp(min=floor))
+    assert list(marks.get_xdata()) == details["settled_eigenvalues"] != []
+    (band,) = axes.collections
+    corners = torch.tensor(band.get_paths()[0].vertices, dtype=F64)
+    for point, low, high in zip(details["grid"], density - 2 * error, density + 2 * error, strict=True):
+        at = corners[(corners[:, 0] - point).abs() < 1e-12][:, 1]
+        assert at.min().item() == pytest.approx(max(low.item(), floor))
+        assert at.max().item() == pytest.approx(max(high.item(), floor))
+    assert axes.get_yscale() == "log"
+    with pytest.raises(ValueError, match="only a result of spectral_density"):
+        density_plot(HessianTrace()(Objective(problem.model, problem.loader()), rng()))
+
+
 # ---------------------------------------------------------------- one run for many
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_a_shared_run_is_long_enough_for_all(wide, k):
+    """The largest eigenvalue alone needs fewer products than the density has nodes."""
+    problem, hessian = wide
+    alone = [measure_sharpness(problem.model, problem.loader(), m) for m in (HessianTopK(k=k), *FAMILY)]
+    report = measure_sharpness(problem.model, problem.loader(), [HessianTopK(k=k), *FAMILY])
+    assert report["hessian_topk"].details["num_matvecs"] >= 20
+    assert len(report["spectral_density"].details["nodes"]) >= 20
+    assert report["hessian_bottom"].details["num_steps"] >= 20
+    together = sum(result.cost.hvps for result in report.values())
+    assert together <= 1.1 * max(r.cost.hvps for r in alone)
+    assert report["hessian_topk"].value == pytest.approx(torch.linalg.eigvalsh(hessian)[-1].item(), rel=1e-3)
 
 
 def test_together_they_cost_what_the_dearest_costs(wide):

@@ -391,6 +391,21 @@ def test_the_quadrature_of_the_starting_vector_is_exact_for_polynomials(num_matv
         power = matrix @ power
 
 
+@pytest.mark.parametrize("check", [False, True])
+def test_a_run_goes_on_to_the_least_number_of_products(check):
+    """Also where all has converged long before; nothing gets worse, and the quadrature has as many nodes."""
+    eigenvalues = SPECTRA["decaying"]
+    matrix = oracles.with_spectrum(eigenvalues)
+    short = solve(matrix, k=1)
+    found = solve(matrix, k=1, min_matvecs=25, max_basis=27, check_multiplicity=check)
+    assert short.num_matvecs < 20
+    assert found.converged
+    assert found.num_matvecs == 25 if not check else found.num_matvecs > 25
+    assert len(found.alphas) == 25
+    assert abs(found.values[0] - eigenvalues[0]) <= abs(short.values[0] - eigenvalues[0]) + 1e-12
+    assert solve(oracles.with_spectrum(eigenvalues[:6]), k=2, min_matvecs=25).num_matvecs == 6  # there is no more
+
+
 def test_the_quadrature_stops_at_the_first_restart():
     found = solve(oracles.with_spectrum(SPECTRA["decaying"]), k=5, tolerance=1e-6)
     assert found.num_matvecs > 14
@@ -424,6 +439,8 @@ def test_the_kept_basis_serves_deflation():
         ({"tolerance": 0.0}, "tolerance must be positive"),
         ({"tolerance": float("nan")}, "tolerance must be positive"),
         ({"guard": -1}, "guard must be at least 0"),
+        ({"min_matvecs": -1}, "min_matvecs must lie between 0 and num_matvecs = "),
+        ({"min_matvecs": 999}, "min_matvecs must lie between 0 and num_matvecs = .*, got 999"),
         ({"storage": "disk"}, "storage must be one of"),
         ({"storage": "half", "tolerance": 1e-4}, "half precision holds residuals down to 0.001"),
         ({"max_basis": 4}, "basis of 5 vectors or more, got max_basis = 4"),

@@ -17,7 +17,6 @@ from ..report import Kind, MetricResult, Status
 
 __all__ = ["SpectralDensity"]
 
-_FEWEST_NODES = 8
 _SETTLED = 1e-2  # relative residual of an eigenvalue that is set apart from the rest
 _WIDTHS_BEYOND = 4.0
 
@@ -37,10 +36,10 @@ class SpectralDensity:
     eigenvalues are next to zero it depends on that resolution (measured with 20 nodes: 0.34 where 0.30 is right).
 
     Args:
-        num_nodes: steps of the run; where the run is shared, as many as it makes, if these are 8 or more.
+        num_nodes: steps of the run; where the run is shared and makes more before its first restart, those.
         num_points: of the grid.
         width: of the smoothing, in units of the eigenvalues; None for the width of the unsettled spectrum over the number of
-            its nodes.
+            its nodes, and at least two steps of the grid, which else would miss eigenvalues that stand alone.
         select: globs of parameter names: of their block.
         adaptive: of ``D H D`` with ``D = diag |w|``.
         hvp: how products are made; see ``hvp.HVP_MODES``.
@@ -74,12 +73,9 @@ class SpectralDensity:
 
     def from_krylov(self, shared: KrylovPass) -> MetricResult:
         operator, run = shared.operator, shared.run
-        if len(run.alphas) < min(_FEWEST_NODES, self.num_nodes, operator.dim):  # a run for one eigenvalue may be short
-            shared = KrylovPass(operator, [self.krylov_need()], shared.generator)
-            run = shared.run
         spectrum = _Spectrum.of(run, operator.dim)
         value, error = spectrum.root_mean_square()
-        width = self.width if self.width is not None else spectrum.resolution()
+        width = self.width if self.width is not None else spectrum.resolution(self.num_points)
         grid, density, bars = spectrum.smoothed(self.num_points, width)
         exact = spectrum.dim_random == 0
         said = "every eigenvalue is known" if exact else f"{len(spectrum.nodes)} nodes of one random direction"
@@ -166,11 +162,13 @@ class _Spectrum:
         total = (weights @ points.abs()).item()
         return -(weights @ points.clamp(max=0)).item() / total if total else 0.0
 
-    def resolution(self) -> float:
-        """Distance of the nodes that stand for many eigenvalues."""
-        points = self.nodes if len(self.nodes) > 1 else torch.cat([self.nodes, self.settled])
-        spread = (points.max() - points.min()).item() if len(points) else 0.0
-        return spread / max(len(points), 2) or max(points.abs().max().item(), 1.0) * 1e-3
+    def resolution(self, num_points: int) -> float:
+        """Distance of the nodes that stand for many eigenvalues, or of two pairs of points of the grid."""
+        everything = torch.cat([self.nodes, self.settled])
+        points = self.nodes if len(self.nodes) > 1 else everything
+        apart = (points.max() - points.min()).item() / max(len(points), 2)
+        on_grid = 2 * (everything.max() - everything.min()).item() / num_points
+        return max(apart, on_grid) or max(everything.abs().max().item(), 1.0) * 1e-3
 
     def smoothed(self, num_points: int, width: float) -> tuple[Tensor, Tensor, Tensor]:
         points = torch.cat([self.nodes, self.settled])

@@ -75,14 +75,16 @@ class _TraceMetric(ABC):
 class HessianTrace(_TraceMetric):
     """Trace of the Hessian of the mean loss, with a standard error, and the traces of its layers.
 
-    "deflated": half of the products make a Krylov basis, on which the trace is known, and the others probe the rest;
-    measured on a trained network, ten times as accurate as Hutchinson's estimate with as many products, like XTrace, and
-    the basis is the one that ``spectral_density`` and others read when they are measured together. "hutchinson" is the best
-    on an untrained network, where the trace is a small difference of large parts. "hutch++" and "xtrace" are those of the
-    literature.
+    "deflated": half of the products make a Krylov basis, on which the trace is known, and the others probe the rest; the
+    basis is the one that ``spectral_density`` and others read when they are measured together. Relative error with 30
+    products, measured on a CNN of 2886 parameters: .004 after training on whole batches (Hutchinson .085, Hutch++ .012,
+    XTrace .006), where a few eigenvalues make up nearly all of the spectrum; .035 after batches of 64 (.07, .045, .035),
+    where even 15 exact eigenvectors would leave .026 to 15 probes; .31 untrained (.26, .37, .32), where the trace is a small
+    difference of large parts and "hutchinson" is the best. "hutch++" and "xtrace" are those of the literature.
 
     ``details["layers"]`` holds the trace of every parameter's block with its standard error, at no further product
-    ("deflated" and "hutchinson"); they add up to the trace. ``details["interval"]`` is Student's 95 % interval.
+    ("deflated" and "hutchinson"); they add up to the trace. ``details["interval"]`` is Student's 95 % interval,
+    ``value ± t · standard_error`` with one degree of freedom less than probes.
 
     Args:
         num_matvecs: products, with those of the basis. Where the basis is shared and has taken them all, a tenth more.

@@ -1,0 +1,1 @@
+"""Eigenvalues and traces of Hessians beside other libraries, and against dense Hessians."""
