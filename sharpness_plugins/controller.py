@@ -9,10 +9,12 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DistributedSampler
 
-from . import distributed, registry
+from . import distributed, registry, sampling
 from .accumulation import Accumulation, synchronized
 from .batches import count_samples
 from .coupling import AdaScale, CouplingRule, LearningRateCoupling, SampleHorizon, default_rule
@@ -113,7 +115,8 @@ class BatchController:
         scheduler: a learning-rate scheduler that counts optimizer steps at the first batch size. It is stepped here then, by
             samples, so that it ends where the training data do; don't step it elsewhere.
         scaler: a ``torch.amp.GradScaler`` that ``backward`` shall scale the loss with.
-        seed: of what is measured.
+        seed: of what is measured and, with ``torch.initial_seed()``, of the order of the samples; a ``DistributedSampler``
+            keeps its own.
         budget: the largest share of training that measuring may take; None for the schedule's own. ``budget_in`` counts it
             in "seconds" or in "samples"; only the second makes a resumed run measure at the very same steps.
         on_change: listeners, called with each ``BatchChange`` on every rank.
@@ -161,7 +164,7 @@ class BatchController:
         rule = self._rule(coupling)
         requests = {**self.schedule.signals, **({rule.signal: None} if isinstance(rule, AdaScale) else {})}
         share = getattr(self.schedule, "budget", None) if budget is None else budget
-        self._book = SignalBook(requests, Budget(share, budget_in, clock))
+        self._book = SignalBook(requests, Budget(share, budget_in, clock), probe)
         if self._book.measured and (model is None or probe is None):
             raise ValueError(
                 f"the schedule looks at {self._book.measured[0]!r}, which is measured on a model and on data of its own: "
@@ -417,7 +420,8 @@ class BatchController:
         ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
         try:
             made: ResizableLoader | AccumulatingLoader
-            made = ResizableLoader(loader, self.plan, **ranks)  # type: ignore[arg-type]
+            own = isinstance(getattr(loader, "sampler", None), DistributedSampler)
+            made = ResizableLoader(loader, self.plan, seed=None if own else self._order_seed(), **ranks)  # type: ignore[arg-type]
         except LoaderError:
             size = _batch_size_of(loader)
             self._max_micro_batch = self._multiple = size
@@ -431,6 +435,10 @@ class BatchController:
         self._loader, self._source = made, loader
         if self._horizon is not None and isinstance(made, ResizableLoader):
             self._horizon.steps_per_epoch = made.sampler.steps_per_epoch(self._planned(self._base))
+
+    def _order_seed(self) -> int:
+        """Of the order of the samples: another for every ``torch.manual_seed``, the same on every rank."""
+        return distributed.from_rank_zero(sampling.key_for(self._seed, "order", torch.initial_seed()) >> 1)
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass of the micro-batch in hand; ``loss`` is the mean over its samples.

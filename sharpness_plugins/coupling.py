@@ -182,6 +182,11 @@ class LearningRateCoupling:
                 f"{type(optimizer).__name__} runs no step hooks, so its learning rate cannot be scaled. Couple the "
                 "optimizer that it wraps."
             )
+        if inner := [name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)]:
+            raise TypeError(
+                f"{type(optimizer).__name__} steps another optimizer ({inner[0]}), which would not see the scaled learning "
+                "rate. Couple that one."
+            )
         if optimizer in _coupled:
             raise ValueError(
                 "the optimizer is coupled already, and would be scaled twice. Call detach() on the first coupling."

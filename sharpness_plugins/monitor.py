@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from . import registry
-from .batches import count_samples
-from .errors import PluginWarning
+from . import distributed, registry
+from .errors import LoaderError, PluginWarning
 from .measure import Metrics, measure_sharpness, resolve_metrics
+from .noise_scale import SIGNALS, NoiseScaleMeter
 from .pacing import Budget, Pace
+from .probe import num_probe_samples
 from .report import Kind, SharpnessReport
 from .schedules import Progress, Signal
 from .space import Select
@@ -27,7 +31,7 @@ from .space import Select
 if TYPE_CHECKING:
     from .losses import LossFn
 
-__all__ = ["CSVSink", "JSONLSink", "Measurement", "SharpnessMonitor", "Sink"]
+__all__ = ["CSVSink", "JSONLSink", "Measurement", "SharpnessMonitor", "Sink", "gradient_norm"]
 
 FIRST_GUESS = 50  # gradients over the probe that a metric is taken to cost before the first measurement
 HISTORY_KEPT = 200  # measurements in a checkpoint; sinks have all
@@ -58,83 +62,167 @@ class Measurement:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON: NaN as None."""
-        values = {name: value if math.isfinite(value) else None for name, value in self.values.items()}
-        return {**asdict(self), "values": values}
+        """JSON: what is not finite as None."""
+        return {
+            **asdict(self),
+            "loss": _finite(self.loss),
+            "values": {name: _finite(value) for name, value in self.values.items()},
+            "standard_errors": {name: _finite(error) for name, error in self.standard_errors.items()},
+        }
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Measurement:
-        return cls(**{**saved, "values": {n: math.nan if v is None else v for n, v in saved["values"].items()}})
+        numbers = {
+            part: {name: math.nan if number is None else number for name, number in saved[part].items()}
+            for part in ("values", "standard_errors")
+        }
+        return cls(**{**saved, **numbers})
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
 
 
 Sink = Callable[[Measurement], None]
 """Where measurements go: a file, a logger, a plot. What it raises becomes a warning."""
 
+Reading = Callable[[], "Signal | float | Tensor | None"]
+
+
+def gradient_norm(parameters: Optimizer | Iterable[Tensor]) -> Callable[[], float | None]:
+    """A signal: the norm of what ``.grad`` holds when it is read, clipped or not; None where there is none.
+
+    Costs one pass over the gradients, and waits for the device, when a measurement is made and at no other time.
+    """
+    tensors = None if isinstance(parameters, Optimizer) else list(parameters)
+
+    def read() -> float | None:
+        each = tensors
+        if isinstance(parameters, Optimizer):
+            each = [parameter for group in parameters.param_groups for parameter in group["params"]]
+        found = [parameter.grad.detach() for parameter in each or () if parameter.grad is not None]
+        if not found:
+            return None
+        norms = [torch.linalg.vector_norm(_strided(gradient), dtype=torch.float64).cpu() for gradient in found]
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+    return read
+
+
+def _strided(gradient: Tensor) -> Tensor:
+    gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
+
 
 class JSONLSink:
-    """One line of JSON per measurement, appended to a file. A resumed run goes on in the same file."""
+    """One line of JSON per measurement, appended to a file by rank 0. A resumed run goes on in the same file."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
+    def __repr__(self) -> str:
+        return f"JSONLSink({os.fspath(self.path)!r})"
+
     def __call__(self, measurement: Measurement) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(measurement.to_dict()) + "\n")
+        if distributed.rank() == 0:
+            _append(self.path, json.dumps(measurement.to_dict(), allow_nan=False) + "\n")
 
 
 class CSVSink:
-    """One row per measurement. A number that appears later gives the file a new column, and older rows an empty cell."""
+    """One row per measurement, written by rank 0. A number that appears later gives the file a new column, and older rows
+    an empty cell.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
+    def __repr__(self) -> str:
+        return f"CSVSink({os.fspath(self.path)!r})"
+
     def __call__(self, measurement: Measurement) -> None:
+        if distributed.rank() != 0:
+            return
         row: dict[str, Any] = {name: getattr(measurement, name) for name in ("step", "samples", "epoch", "loss", "seconds")}
         row |= {f"{name}_se": error for name, error in measurement.standard_errors.items()}
-        row = {**row, **measurement.values}
-        exists = self.path.exists() and self.path.stat().st_size > 0
-        if not exists:
-            self._write([row], list(row), "w")
-            return
-        with self.path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            columns = list(reader.fieldnames or ())
-            if set(row) <= set(columns):
-                self._write([row], columns, "a", header=False)
-                return
-            rows = list(reader)
-        self._write([*rows, row], [*columns, *(name for name in row if name not in columns)], "w")
+        row |= measurement.values
+        columns: list[str] = []
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                columns = list(reader.fieldnames or ())
+                rows = [] if set(row) <= set(columns) else list(reader)
+        if not columns:
+            _append(self.path, _as_csv([row], list(row), header=True))
+        elif set(row) <= set(columns):
+            _append(self.path, _as_csv([row], columns, header=False))
+        else:
+            columns += [name for name in row if name not in columns]
+            _replace(self.path, _as_csv([*rows, row], columns, header=True))
 
-    def _write(self, rows: list[dict[str, Any]], columns: list[str], mode: str, *, header: bool = True) -> None:
-        target = self.path if mode == "a" else self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        with target.open(mode, newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            if header:
-                writer.writeheader()
-            writer.writerows(rows)
-        if target != self.path:
-            os.replace(target, self.path)
+
+def _as_csv(rows: list[dict[str, Any]], columns: list[str], *, header: bool) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _append(path: Path, text: str) -> None:
+    """All of it or, where the disk is full, nothing: half a line would spoil the next one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        rest = memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except BaseException:
+            file.truncate(end)
+            raise
+
+
+def _replace(path: Path, text: str) -> None:
+    """The old file stays where it was until the new one is whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(text.encode())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 class SharpnessMonitor:
     """Measures a model that is being trained, when it is due and the budget allows, and keeps the history.
 
     Training with it is training without it, bit for bit: it reads a probe of its own, leaves parameters, buffers,
-    gradients and random states as they are, and what fails is recorded, never raised.
+    gradients and random states as they are, and what fails is recorded, never raised (``SHARPNESS_PLUGINS_STRICT=1``
+    raises).
+
+    On several ranks all of them measure at the same steps, each on the same probe: every rank asks at every step, and
+    where a clock has a say, rank 0's decision is sent round.
 
     Args:
         model: what is trained; wrappers are taken off.
         probe: batches to measure on (``probe_batches(loader)``), never the training loader.
-        metrics, loss_fn, criterion, select, batch_norm, seed: as for ``measure_sharpness``.
+        metrics, loss_fn, criterion, select, batch_norm, seed: as for ``measure_sharpness``. No metrics at all, ``()``,
+            records the signals only.
         every: how often, a duration such as ``"1ep"``, ``"500 steps"`` or ``"1M samples"``, or ``"10 min"`` of training.
+            The first measurement is due at once, the others at multiples of it.
         budget: the largest share of training that measuring may take, .02 for 2 %; None for no limit. Measurements that
-            are due but too dear wait. ``budget_in`` counts it in "seconds" or in "samples".
+            are due but too dear wait; the first, whose price nobody knows yet, is taken for 50 gradients per metric.
+            ``budget_in`` counts it in "seconds" or in "samples"; only the second makes a resumed run measure at the very
+            same steps.
         signals: numbers that cost nothing, by name, recorded with each measurement: a function without arguments that
-            returns a ``Signal``, a number, or None where there is none yet (the noise scale of a ``NoiseScaleMeter``, the
-            surrogate gap of a SAM optimizer, a gradient norm).
-        sinks: told of each measurement.
+            returns a ``Signal``, a number, or None where there is none yet (``gradient_norm(optimizer)``, the surrogate
+            gap of a SAM optimizer); or a ``NoiseScaleMeter`` under the name of what it tells (``gradient_noise_scale``).
+        sinks: told of each measurement, on every rank.
+    Attributes:
+        history: the measurements so far; after a resume, the newest of those before.
     Raises:
-        UnknownNameError: nobody offers the metric. ValueError: the cadence or the budget is none.
+        UnknownNameError: nobody offers the metric. LoaderError: the probe can be read only once. ValueError: the cadence
+            or the budget is none, or a signal has the name of a metric.
     """
 
     def __init__(
@@ -151,16 +239,23 @@ class SharpnessMonitor:
         select: Select = None,
         batch_norm: str = "eval",
         seed: int = 0,
-        signals: Mapping[str, Callable[[], Signal | float | None]] | None = None,
+        signals: Mapping[str, Reading | NoiseScaleMeter] | None = None,
         sinks: Sink | Iterable[Sink] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if isinstance(probe, Iterator):
+            raise LoaderError(
+                f"the probe can be read only once (got a {type(probe).__name__}), and every measurement reads it: pass "
+                "list(probe), or probe_batches(loader)"
+            )
         self.model, self.probe = model, probe
-        self.metrics = resolve_metrics(metrics)
+        none = isinstance(metrics, Collection) and not isinstance(metrics, str) and not metrics
+        self.metrics = {} if none else resolve_metrics(metrics)
         self.pace, self.budget = Pace(every, clock), Budget(budget, budget_in, clock)
         self.history: list[Measurement] = []
         self.sinks: list[Sink] = [sinks] if callable(sinks) else list(sinks)
         self.signals = dict(signals or {})
+        self._check_names()
         self._settings: dict[str, Any] = {
             "loss_fn": loss_fn,
             "criterion": criterion,
@@ -168,71 +263,119 @@ class SharpnessMonitor:
             "batch_norm": batch_norm,
             "seed": seed,
         }
+        self._guess = FIRST_GUESS * len(self.metrics) * num_probe_samples(probe) if self.metrics else 0.0
         self._price: float | None = None
+        self._clock = clock
+        self._waiting: tuple[int, float] | None = None  # since which step, at what price
+
+    def _check_names(self) -> None:
+        for name, source in self.signals.items():
+            if name in self.metrics:
+                raise ValueError(f"both a metric and a signal are named {name!r}: their values would be one. Rename one")
+            if isinstance(source, NoiseScaleMeter) and name not in SIGNALS:
+                raise ValueError(f"a NoiseScaleMeter tells {', '.join(SIGNALS)}, and no signal {name!r}")
 
     @property
     def last(self) -> Measurement | None:
         """The newest measurement."""
         return self.history[-1] if self.history else None
 
+    @property
+    def why_waiting(self) -> str:
+        """Why a measurement that is due was not made yet, as a sentence; empty where none is due."""
+        if self._waiting is None or self.budget.share is None:
+            return ""
+        step, price = self._waiting
+        left, unit = max(self.budget.share * self.budget.trained - self.budget.spent, 0.0), "s"
+        if self.budget.unit == "samples":
+            unit = " gradients of samples"
+        return (
+            f"a measurement is due since step {step} and waits: it would take about {price:.3g}{unit}, and a budget of "
+            f"{100 * self.budget.share:g} % has {left:.3g}{unit} to spend so far. Raise budget (None for no limit), or "
+            "measure less: fewer samples in the probe, cheaper metrics."
+        )
+
     def is_due(self, progress: Progress) -> bool:
-        """Whether ``measure_if_due`` would measure now."""
+        """Whether ``measure_if_due`` would measure now.
+
+        Raises:
+            ValueError: the cadence counts what ``progress`` does not know.
+        """
         self.budget.train(progress)
-        if not self.pace.is_due(progress):
+        due = self.pace.is_due(progress)
+        if not due and not self.pace.is_timed:
             return False
         price = self._price
         if price is None:
-            price = self.budget.price_of(FIRST_GUESS * len(self.metrics) * self._probe_samples(), progress)
-        return self.budget.affords(price)
+            price = self.budget.price_of(self._guess, progress)
+        measures = due and self.budget.affords(price)
+        if self.pace.is_timed or self.budget.is_timed:
+            measures = distributed.from_rank_zero(measures)
+        if due and not measures:
+            self._waiting = (progress.step if self._waiting is None else self._waiting[0]), price
+        return measures
 
     def measure_if_due(self, progress: Progress) -> Measurement | None:
         """After an optimizer step: the measurement, if one was due and affordable."""
         return self.measure(progress) if self.is_due(progress) else None
 
     def measure(self, progress: Progress) -> Measurement:
-        """Measure now, whatever is due. The budget pays for it."""
+        """Measure now, whatever is due. The budget pays for it, and for what the sinks take."""
         self.budget.train(progress)
-        began = time.monotonic()
+        began = self._clock()
+        made, work = self._measured(progress)
+        made = replace(self._with_signals(made), seconds=self._clock() - began)
+        self.history.append(made)
+        self.pace.took_place(progress)
+        self._waiting = None
+        for sink in self.sinks:
+            self._tell(sink, made)
+        price = self.budget.pay(work or 0.0)
+        if work is not None:  # else a measurement that failed would make the next one look cheap
+            self._price = price
+        if (note := made.notes.get("probe")) is not None:
+            warnings.warn(f"nothing was measured at step {progress.step}: {note}", PluginWarning, stacklevel=2)
+        return made
+
+    def _measured(self, progress: Progress) -> tuple[Measurement, float | None]:
+        """And what it was worth in gradients of samples; None where it failed."""
+        empty = Measurement(progress.step, progress.samples, progress.epoch)
+        if not self.metrics:
+            return empty, 0.0
         try:
             report = measure_sharpness(self.model, self.probe, self.metrics, progress=False, **self._settings)
         except Exception as error:
             if registry.is_strict():
                 raise
-            note = f"{type(error).__name__}: {error}"
-            warnings.warn(f"nothing was measured at step {progress.step}: {note}", PluginWarning, stacklevel=2)
-            made = Measurement(progress.step, progress.samples, progress.epoch, notes={"probe": note})
-            work = 0.0
-        else:
-            made = _from_report(report, progress)
-            work = sum(GRADIENTS[what] * getattr(report.cost, what) for what in GRADIENTS) * report.provenance["num_samples"]
-        made = self._with_signals(made, time.monotonic() - began)
-        self._price = self.budget.pay(work)
-        self.pace.took_place(progress)
-        self.history.append(made)
-        for sink in self.sinks:
-            self._tell(sink, made)
-        return made
+            return replace(empty, notes={"probe": f"{type(error).__name__}: {error}"}), None
+        work = sum(GRADIENTS[what] * getattr(report.cost, what) for what in GRADIENTS)
+        return _from_report(report, progress), work * report.provenance["num_samples"]
 
-    def _probe_samples(self) -> float:
-        return float(sum(count_samples(batch) or 0 for batch in self.probe)) if isinstance(self.probe, list) else 0.0
-
-    def _with_signals(self, made: Measurement, seconds: float) -> Measurement:
+    def _with_signals(self, made: Measurement) -> Measurement:
         values, errors, notes = dict(made.values), dict(made.standard_errors), dict(made.notes)
-        for name, read in self.signals.items():
+        for name, source in self.signals.items():
             try:
-                signal = read()
+                if isinstance(source, NoiseScaleMeter):
+                    read: Signal | float | Tensor | None = source.signal(name, made.step, made.samples)
+                else:
+                    read = source()
+                signal = read if isinstance(read, Signal) else None
+                if read is None:
+                    continue
+                if isinstance(read, Signal):
+                    values[name] = math.nan if read.value is None else read.value
+                else:
+                    values[name] = float(read.detach() if isinstance(read, Tensor) else read)
             except Exception as error:
+                if registry.is_strict():
+                    raise
                 values[name], notes[name] = math.nan, f"{type(error).__name__}: {error}"
                 continue
-            if isinstance(signal, Signal):
-                values[name] = math.nan if signal.value is None else signal.value
-                if signal.standard_error is not None:
-                    errors[name] = signal.standard_error
-                if signal.note:
-                    notes[name] = signal.note
-            elif signal is not None:
-                values[name] = float(signal)
-        return Measurement(made.step, made.samples, made.epoch, made.loss, values, errors, notes, seconds)
+            if signal is not None and signal.standard_error is not None:
+                errors[name] = signal.standard_error
+            if signal is not None and signal.note:
+                notes[name] = signal.note
+        return replace(made, values=values, standard_errors=errors, notes=notes)
 
     def _tell(self, sink: Sink, made: Measurement) -> None:
         try:
@@ -254,9 +397,11 @@ class SharpnessMonitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; with another cadence the next measurement is due at once."""
         self.pace.load_state_dict(state["pace"])
         self.budget.load_state_dict(state["budget"])
-        self._price = state["price"]
+        if state["budget"]["unit"] == self.budget.unit:
+            self._price = state["price"]
         self.history = [Measurement.from_dict(saved) for saved in state["history"]]
 
 

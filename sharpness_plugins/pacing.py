@@ -12,49 +12,76 @@ from .schedules import Duration, Progress
 __all__ = ["Budget", "Pace"]
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
-_TIME = re.compile(r"\s*(?P<number>\d+\.?\d*)\s*(?P<unit>s|sec|seconds?|min|minutes?|h|hours?)\s*", re.IGNORECASE)
+_TIME = re.compile(
+    r"\s*(?P<number>\d+\.?\d*|\.\d+)\s*(?P<unit>s|secs?|seconds?|mins?|minutes?|h|hrs?|hours?)\s*", re.IGNORECASE | re.ASCII
+)
 
 
 class Pace:
-    """Due once at the beginning and then after every so much training.
+    """Due once at the beginning, and then at the multiples of so much training, such as the ends of epochs 1, 2 and 3.
+
+    What waits (for a budget) is due until it takes place, and takes place once, however many multiples have passed.
 
     Args:
-        every: a duration such as ``"1ep"`` or ``"500 steps"``, or a time such as ``"10 min"``; None for always.
+        every: a duration such as ``"1ep"`` or ``"500 steps"``, or a time such as ``"10 min"``, which counts from the last
+            measurement; None for always.
         clock: seconds, monotonic.
+    Raises:
+        ValueError: it is no such text, or nothing.
     """
 
     def __init__(self, every: str | Duration | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = _seconds(every)
-        self._every = None if every is None or self._seconds is not None else Duration.parse(every)
+        self._every = None if every is None or self._seconds is not None else _duration(every)
         if self._seconds == 0 or (self._every is not None and not self._every.amount):
             raise ValueError(f"measuring every {every!r} has no end. Write '1 step' for every step")
-        self._clock, self._last = clock, None
+        self._clock = clock
+        self._last: float | None = None  # seconds on the clock, or how many multiples had passed
 
-    _last: float | None
+    @property
+    def is_timed(self) -> bool:
+        """Whether it goes by a clock, which says something else on every rank."""
+        return self._seconds is not None
+
+    @property
+    def unit(self) -> str:
+        """ "seconds", "samples", "tokens", "steps" or "epochs"; "steps" also where it is always due."""
+        return "seconds" if self.is_timed else "steps" if self._every is None else self._every.unit
 
     def is_due(self, progress: Progress) -> bool:
-        if self._last is None:
-            return True
+        """Raises ValueError where ``progress`` does not know what is counted."""
         if self._every is not None:
-            return self._every.reached(progress, since=self._last)
-        return self._seconds is None or self._clock() - self._last >= self._seconds
+            passed = self._every.elapsed(progress)
+            return self._last is None or passed > self._last
+        return self._last is None or self._seconds is None or self._clock() - self._last >= self._seconds
 
     def took_place(self, progress: Progress) -> None:
-        self._last = self._clock() if self._every is None else self._every.position(progress)
+        self._last = self._clock() if self._every is None else self._every.elapsed(progress)
 
-    def state_dict(self) -> dict[str, float | None]:
+    def state_dict(self) -> dict[str, Any]:
         """JSON. A pace in seconds saves how long ago the last measurement was."""
-        ago = self._seconds is not None and self._last is not None
-        return {"last": self._clock() - self._last if ago and self._last is not None else self._last}
+        ago = self.is_timed and self._last is not None
+        return {
+            "every": str(self._every),
+            "last": self._clock() - self._last if ago and self._last is not None else self._last,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        last = state["last"]
-        self._last = self._clock() - last if self._seconds is not None and last is not None else last
+        """Go on from there; with another pace than was saved, begin anew: it is due at once."""
+        last = state["last"] if state["every"] == str(self._every) else None
+        self._last = self._clock() - last if self.is_timed and last is not None else last
 
 
 def _seconds(every: str | Duration | None) -> float | None:
     match = _TIME.fullmatch(every) if isinstance(every, str) else None
     return None if match is None else float(match["number"]) * _UNITS[match["unit"][0].lower()]
+
+
+def _duration(every: str | Duration) -> Duration:
+    try:
+        return Duration.parse(every)
+    except ValueError as error:
+        raise ValueError(f"{error}; to measure by time, write '10 min'") from None
 
 
 class Budget:
@@ -94,6 +121,11 @@ class Budget:
         return work if self.unit == "samples" else work * self.trained / max(progress.samples, 1)
 
     @property
+    def is_timed(self) -> bool:
+        """Whether what it affords goes by a clock, which says something else on every rank."""
+        return self.share is not None and self.unit == "seconds"
+
+    @property
     def share_spent(self) -> float:
         """What measuring has taken, as a share of what training has."""
         return self.spent / self.trained if self.trained else 0.0
@@ -102,9 +134,12 @@ class Budget:
         before, self._mark = self._mark, self.clock()
         return self._mark - before
 
-    def state_dict(self) -> dict[str, float]:
-        return {"trained": self.trained, "spent": self.spent}
+    def state_dict(self) -> dict[str, Any]:
+        """JSON."""
+        return {"unit": self.unit, "trained": self.trained, "spent": self.spent}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.trained, self.spent = float(state["trained"]), float(state["spent"])
+        """Go on from there, where it was kept in the same unit, and else begin anew."""
+        if state["unit"] == self.unit:
+            self.trained, self.spent = float(state["trained"]), float(state["spent"])
         self._mark = self.clock()

@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from . import sampling
-from .batches import count_samples
+from .batches import BatchSource, count_samples
 from .errors import LoaderError
 
-__all__ = ["probe_batches"]
+__all__ = ["num_probe_samples", "probe_batches"]
 
 
 def probe_batches(
@@ -28,25 +28,34 @@ def probe_batches(
 
     Why not the loader: an inner pass over one with persistent workers turned 10 training batches into 13, and without them
     it moves the random numbers of the next epoch. Here the data set is read by a loader of our own without workers, under
-    random states of our own; whatever is random in its samples is drawn once and stays.
+    random states of our own, those of generators that data set and transforms hold included; whatever is random in its
+    samples is drawn once and stays. The same on every rank.
 
     Args:
-        loader: a DataLoader, whose data set, collate function and batch size are used; of an iterable data set the first
-            samples are taken. A sequence of batches gives its first ones.
-        num_samples: at most; all if there are fewer.
+        loader: a DataLoader, whose data set, collate function and batch size are used; with a ``SubsetRandomSampler``, of
+            the data set those indices only. Of an iterable data set the first samples are taken, and a sequence of batches
+            gives its first ones.
+        num_samples: at most; all if there are fewer. Where batches are taken as they come, the last one may pass it.
         batch_size: of the batches given back; None for the loader's.
         transform: in place of the data set's own ``transform``, without augmentation.
     Memory: the samples.
     Raises:
         LoaderError: there is nothing in it, it is an iterator, or it has no data set to read beside training.
-        ValueError: ``num_samples`` is below 1; ``transform`` is given and the data set has none.
+        ValueError: ``num_samples`` or ``batch_size`` is below 1; ``transform`` is given and the data set has none.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    restore = sampling.rng_states(torch.device("cpu"), [loader])
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    reader = _reader(loader, num_samples, seed, batch_size, transform)
+    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    device = torch.device("cuda" if has_cuda else "cpu")
+    holders = BatchSource(reader, device=device, cache_bytes=0).holders
+    restore = sampling.rng_states(device, holders)
     try:
-        sampling.seed_global(sampling.key_for(seed, "probe") >> 1)
-        batches = list(_first(_reader(loader, num_samples, seed, batch_size, transform), num_samples))
+        sampling.seed_global(sampling.key_for(seed, "probe") >> 1, device)
+        sampling.set_generator_states(sampling.generator_states(holders), offset=1)
+        batches = list(_first(reader, num_samples))
     finally:
         restore()
     if not batches:
@@ -58,26 +67,46 @@ def _reader(
     loader: Iterable[Any], num_samples: int, seed: int, batch_size: int | None, transform: Callable[[Any], Any] | None
 ) -> Iterable[Any]:
     if isinstance(loader, Sequence) and not isinstance(loader, (str, bytes)):
-        if transform is not None:
-            raise ValueError("transform replaces a data set's own, and a sequence of batches has none: transform them first")
+        if transform is not None or batch_size is not None:
+            raise ValueError(
+                "transform and batch_size are for a data set, and a sequence of batches has none: make the batches so"
+            )
         return loader
     dataset = getattr(loader, "dataset", None)
-    if dataset is None:
+    if dataset is None or isinstance(dataset, Iterator):
+        which = f"the data set of this {type(loader).__name__} is a {type(dataset).__name__}, which can be read only once"
         raise LoaderError(
-            f"a {type(loader).__name__} has no data set that could be read beside training. Pass a DataLoader, or batches "
-            "in a list."
+            (f"a {type(loader).__name__} has no data set that could be read beside training" if dataset is None else which)
+            + ". Pass a DataLoader, or batches in a list, or make a probe of your own."
         )
     dataset = _with_transform(dataset, transform)
     if not isinstance(dataset, IterableDataset):
-        order = sampling.permutation(len(dataset), sampling.generator_for(seed, "probe"))
-        dataset = Subset(dataset, order[:num_samples].tolist())
-    size = batch_size or getattr(loader, "batch_size", None) or 32
+        indices = getattr(getattr(loader, "sampler", None), "indices", None)
+        among = range(len(dataset)) if indices is None else indices
+        order = sampling.permutation(len(among), sampling.generator_for(seed, "probe"))
+        dataset = Subset(dataset, [int(among[i]) for i in order[:num_samples].tolist()])
     return DataLoader(
         dataset,
-        batch_size=min(size, num_samples),
+        batch_size=_batch_size(loader, num_samples, batch_size),
         collate_fn=getattr(loader, "collate_fn", None),
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _batch_size(loader: Any, num_samples: int, wanted: int | None) -> int | None:
+    """None where the data set's own entries are batches."""
+    if isinstance(loader, DataLoader) and loader.batch_sampler is None:
+        if wanted is not None:
+            raise ValueError(
+                "batch_size cuts samples into batches, and here the data set gives batches itself: leave it out"
+            )
+        return None
+    known = (
+        wanted,
+        getattr(loader, "batch_size", None),
+        getattr(getattr(loader, "batch_sampler", None), "batch_size", None),
+    )
+    return min(next((size for size in known if isinstance(size, int)), 32), num_samples)
 
 
 def _with_transform(dataset: Any, transform: Callable[[Any], Any] | None) -> Any:
@@ -107,3 +136,14 @@ def _first(batches: Iterable[Any], num_samples: int) -> Iterator[Any]:
         seen += count_samples(batch) or (len(batch) if isinstance(batch, Sized) else 1)
         if seen >= num_samples:
             return
+
+
+def num_probe_samples(probe: Iterable[Any]) -> float:
+    """0 where it does not say, so that the first measurement is made when due."""
+    if isinstance(probe, (list, tuple)):
+        return float(sum(count_samples(batch) or 0 for batch in probe))
+    dataset = getattr(probe, "dataset", None)
+    try:
+        return float(len(dataset)) if dataset is not None else 0.0
+    except TypeError:
+        return 0.0

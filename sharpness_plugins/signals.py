@@ -15,6 +15,7 @@ from . import registry
 from .errors import PluginWarning, UnknownNameError, did_you_mean
 from .measure import measure_sharpness
 from .pacing import Budget, Pace
+from .probe import num_probe_samples
 from .registry import Metric
 from .report import Kind
 from .schedules import Progress, Signal
@@ -132,11 +133,12 @@ class SignalBook:
         requests: names, and how often to measure: a duration as text, or None for before every step.
     """
 
-    def __init__(self, requests: Mapping[str, str | None], budget: Budget) -> None:
+    def __init__(self, requests: Mapping[str, str | None], budget: Budget, probe: Iterable[Any] | None = None) -> None:
         self._sources = {name: find_signal(name) for name in requests}
         self._paces = {name: Pace(every, budget.clock) for name, every in requests.items()}
         self._prices: dict[str, float] = {}
         self.budget = budget
+        self._probe_samples = 0.0 if probe is None else num_probe_samples(probe)
         self.newest: dict[str, Signal] = {}
 
     @property
@@ -157,7 +159,7 @@ class SignalBook:
         """Measure what is due, in the order of the requests."""
         self.budget.train(progress)
         for name, pace in self._paces.items():
-            price = self._prices.get(name, self.budget.price_of(FIRST_GUESS * _length(context.probe), progress))
+            price = self._prices.get(name, self.budget.price_of(FIRST_GUESS * self._probe_samples, progress))
             if pace.is_due(progress) and (self._is_free(name) or self.budget.affords(price)):
                 self.newest[name] = signal = self._ask(name, context)
                 self._prices[name] = self.budget.pay(signal.work)
@@ -191,12 +193,3 @@ class SignalBook:
             self._paces[name].load_state_dict(pace)
         self._prices = dict(state["prices"])
         self.budget.load_state_dict(state["budget"])
-
-
-def _length(probe: Iterable[Any] | None) -> int:
-    """Samples of the probe loader where it says; 0 where it does not, so that the first measurement is made when due."""
-    dataset = getattr(probe, "dataset", None)
-    try:
-        return len(dataset) if dataset is not None else 0
-    except TypeError:
-        return 0

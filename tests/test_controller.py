@@ -144,6 +144,19 @@ def test_workers_that_read_ahead_change_nothing(persistent, drop_last):
     assert torch.equal(weights(resumed.model), weights(here.model))
 
 
+def test_the_order_follows_torchs_seed_and_a_resumed_run_keeps_its_own():
+    def first_batch(seed: int, saved: bytes | None = None) -> list[int]:
+        torch.manual_seed(seed)
+        run = Run("0:8")
+        run.load(saved) if saved else None
+        return next(run.controller.batches(run.loader))[2].tolist()
+
+    assert first_batch(1) == first_batch(1) != first_batch(2)
+    torch.manual_seed(3)
+    whole = Run("0:8").train(3, save=True)
+    assert first_batch(4, whole.saved[2]) == whole.delivered[2][1]
+
+
 def test_every_sample_is_seen_once_per_epoch_whatever_the_size():
     run = Run(SCHEDULE, max_micro_batch=16)
     for _ in range(6):
@@ -414,9 +427,9 @@ def test_a_budget_in_samples_measures_at_the_same_steps_after_a_resume(plugin):
 
 
 def test_a_metric_is_a_signal_and_measuring_it_leaves_training_as_it_was():
-    probe = [(Indexed().inputs[:64], Indexed().targets[:64])]
+    probe = [(Indexed().inputs[:8], Indexed().targets[:8])]
     never = SharpnessSwitch(10, 100, metric="hessian_topk:k=1", rule="below_peak", threshold=5.0, deadline="9ep")
-    run = Run(never, probe=probe, budget=1.0).train(50)
+    run = Run(never, probe=probe, budget=1.0, budget_in="samples").train(50)
     assert run.controller.signals["hessian_topk:k=1"].value > 0
     plain = Run(Fixed(10)).train(50)
     assert torch.equal(weights(run.model), weights(plain.model))
@@ -431,7 +444,7 @@ def test_a_metric_that_fails_is_an_unknown_signal_and_the_deadline_still_holds()
     schedule = SharpnessSwitch(
         10, 50, metric="acme_failing", rule="plateau", window=1, deadline="2ep", every="10 steps", min_wait="1 step"
     )
-    run = Run(schedule, probe=[(torch.ones(2, 6), torch.tensor([0, 1]))], budget=1.0)
+    run = Run(schedule, probe=[(torch.ones(2, 6), torch.tensor([0, 1]))], budget=1.0, budget_in="samples")
     with pytest.warns(UserWarning, match="no number today"):
         run.train(45)
     assert run.controller.signals["acme_failing"].value is None
@@ -731,6 +744,7 @@ def on_rank(rank: int, world_size: int, folder: str) -> None:
 
 
 def train_on_ranks(rank: int, world_size: int) -> dict:
+    torch.manual_seed(0)
     dataset = Indexed(dtype=torch.float64)
     model: nn.Module = network(torch.float64)
     if world_size > 1:

@@ -502,3 +502,13 @@ def test_which_schedulers_count_steps():
     assert counts_steps(Prepared(decay(optimizer)))
     assert not counts_steps(Prepared(plateau))
     assert not counts_steps(object())
+
+
+def test_an_optimizer_that_steps_another_is_refused():
+    class Wrapper(torch.optim.SGD):
+        def __init__(self, inner):
+            super().__init__([nn.Parameter(torch.ones(1))], lr=0.1)
+            self.inner = inner
+
+    with pytest.raises(TypeError, match=r"Wrapper steps another optimizer \(inner\).*Couple that one"):
+        LearningRateCoupling(Wrapper(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)), "linear")
