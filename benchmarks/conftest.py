@@ -29,3 +29,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process: benchmarks side by side would time each other."""
+    return 0

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
         UnknownNameError,
     )
     from .measure import measure_sharpness
+    from .monitor import CSVSink, JSONLSink, Measurement, SharpnessMonitor
     from .noise_scale import NoiseScaleMeter
     from .objective import Objective
+    from .probe import probe_batches
     from .registry import (
         CouplingSpec,
         MetricSpec,
@@ -59,6 +61,11 @@ __all__ = [
     "available_metrics",
     "get_metric",
     "MetricSpec",
+    "SharpnessMonitor",
+    "Measurement",
+    "probe_batches",
+    "CSVSink",
+    "JSONLSink",
     "BatchController",
     "BatchChange",
     "NoiseScaleMeter",
@@ -87,6 +94,8 @@ __all__ = [
 _HOME = {
     "measure_sharpness": "measure",
     "Objective": "objective",
+    "probe_batches": "probe",
+    **dict.fromkeys(("CSVSink", "JSONLSink", "Measurement", "SharpnessMonitor"), "monitor"),
     "NoiseScaleMeter": "noise_scale",
     **dict.fromkeys(("BatchChange", "BatchController"), "controller"),
     **dict.fromkeys(("CouplingSpec", "MetricSpec", "ScheduleSpec", "SignalSpec", "hookimpl", "metric"), "registry"),

@@ -199,9 +199,10 @@ def _add_measure(commands: Any) -> None:
         "measure",
         help="measure a model of yours",
         description="Calls a function of yours that returns (model, loader), or a mapping of arguments of "
-        "measure_sharpness with at least these two, and prints the report.",
+        "measure_sharpness with at least these two, and prints the report. Without it, the checkpoint has to describe "
+        "itself, as those of timm's train.py do: sharpness measure --checkpoint last.pth.tar --data DIR.",
     )
-    measure.add_argument("setup", metavar="SETUP", help="module:function or path/to/file.py:function")
+    measure.add_argument("setup", nargs="?", metavar="SETUP", help="module:function or path/to/file.py:function")
     measure.add_argument(
         "--metric",
         action="append",
@@ -209,6 +210,7 @@ def _add_measure(commands: Any) -> None:
         help="epsilon_box:epsilon=5e-4, for one; repeatable (default: the three built-in metrics)",
     )
     measure.add_argument("--checkpoint", type=Path, metavar="FILE", help="load a state dict that torch.save wrote")
+    measure.add_argument("--data", metavar="DIR", help="without SETUP: what the checkpoint's model is measured on")
     measure.add_argument(
         "--select", action="append", metavar="GLOB", help="perturb only the parameters of these names; repeatable"
     )
@@ -347,9 +349,14 @@ def _measure(arguments: argparse.Namespace) -> int:
     asked = [_asked(text) for text in arguments.metric or ()]
     _check_device(arguments.device)
     with _importable_from_here():
-        settings = _setup(arguments.setup, allowed=list(inspect.signature(measure_sharpness).parameters))
-        if arguments.checkpoint is not None:
-            load_checkpoint(settings["model"], arguments.checkpoint)
+        if arguments.setup is None:
+            settings = _opened(arguments.checkpoint, arguments.data)
+        elif arguments.data is not None:
+            raise CommandError(f"--data is for checkpoints that describe themselves; {arguments.setup} has its own loader")
+        else:
+            settings = _setup(arguments.setup, allowed=list(inspect.signature(measure_sharpness).parameters))
+            if arguments.checkpoint is not None:
+                load_checkpoint(settings["model"], arguments.checkpoint)
         if asked:
             settings["metrics"] = [_metric(name, given) for name, given in asked]
         for name in ("select", "batch_norm", "max_samples", "seed", "device"):
@@ -476,6 +483,26 @@ def _users_code(what: str) -> Iterator[None]:
             place = f" ({Path(error.filename or '?').name}, line {error.lineno})"
         text = " ".join(str(error).split())
         raise CommandError(f"{what}: {type(error).__name__}: {text}{place}") from error
+
+
+def _opened(path: Path | None, data: str | None) -> dict[str, Any]:
+    """Arguments of ``measure_sharpness``, from a checkpoint that describes itself."""
+    from .registry import first_answer
+
+    if path is None or data is None:
+        raise CommandError(
+            "what is to be measured? Give SETUP (module:function or path/to/file.py:function), or --checkpoint and --data "
+            "for a checkpoint that describes itself"
+        )
+    if not path.is_file():
+        raise CommandError(f"there is no checkpoint {path}")
+    opener = first_answer("sharpness_open_checkpoint", path=str(path))
+    if opener is None:
+        raise CommandError(
+            f"checkpoint {path} does not describe its model in a way that a plugin here understands. Give SETUP, a function "
+            "that builds the model: sharpness measure file.py:function --checkpoint ..."
+        )
+    return dict(opener(data))
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:

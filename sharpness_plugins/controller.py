@@ -120,6 +120,11 @@ class BatchController:
         budget: the largest share of training that measuring may take; None for the schedule's own. ``budget_in`` counts it
             in "seconds" or in "samples"; only the second makes a resumed run measure at the very same steps.
         on_change: listeners, called with each ``BatchChange`` on every rank.
+    Attributes:
+        plan: in use.
+        history: changes, and those that were refused.
+        at_step: whether the optimizer steps on the batch in hand.
+        epoch: set by a trainer whose epochs are not ``num_samples`` (padded, say); None to count here.
     Raises:
         UnknownNameError: the schedule looks at a signal that nobody offers.
         ValueError: the schedule begins below the number of ranks, or is not one.
@@ -151,6 +156,7 @@ class BatchController:
         self.optimizer = optimizer
         self.history: list[BatchChange] = []
         self.at_step = False
+        self.epoch: float | None = None
         self._model, self._probe, self._loss_fn, self._criterion = model, probe, loss_fn, criterion
         self._scaler, self._seed, self._clock = scaler, seed, clock
         self._num_samples = num_samples
@@ -264,15 +270,10 @@ class BatchController:
         """What the schedule sees now."""
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self._peak_learning_rate = max(self._peak_learning_rate, learning_rate)
-        epoch = self._samples / self._num_samples if self._num_samples else None
-        if self._loader is not None:
-            epoch = self._loader.epochs_delivered
-        elif not self._samples:
-            epoch = 0.0
         return Progress(
             step=self._step,
             samples=self.samples,
-            epoch=epoch,
+            epoch=self._epoch(),
             batch_size=self.plan.batch_size,
             base_batch_size=self._base,
             tokens=self._tokens if self._counts_tokens or not self._step else None,
@@ -280,12 +281,29 @@ class BatchController:
             signals=self.signals,
         )
 
+    def _epoch(self) -> float | None:
+        if self.epoch is not None:
+            return self.epoch
+        if self._loader is not None:
+            return self._loader.epochs_delivered
+        if not self._samples:
+            return 0.0
+        return self._samples / self._num_samples if self._num_samples else None
+
+    def learning_rates(self) -> list[float]:
+        """In effect at the next step, one per parameter group; the optimizer's own are without the coupling."""
+        return self._coupling.learning_rates()
+
     # --- deciding
 
-    def decide(self) -> Plan:
+    def decide(self, can_take: Callable[[Plan], bool] | None = None) -> Plan:
         """Measure what is due, ask the schedule, and apply what it says: the plan for the next optimizer step.
 
         With several ranks, rank 0's decision holds; every rank must call it at the same step.
+
+        Args:
+            can_take: whether a trainer can go over to a plan at this moment. One that cannot keeps the old size, and the
+                schedule is asked again at the next step as if it had not been.
         """
         if self._book.requests:
             self._measure()
@@ -295,8 +313,10 @@ class BatchController:
         if self._book.requests or self._planned(decision.batch_size) != self.plan:
             decision = distributed.from_rank_zero(decision)  # without signals, every rank comes to the same by itself
         new = self._planned(decision.batch_size)
-        if new != self.plan and not self._change(new, decision, progress):
-            return self.plan
+        if new != self.plan:
+            waits = can_take is not None and not can_take(new)
+            if waits or not self._change(new, decision, progress):
+                return self.plan
         self._memory = json.loads(json.dumps(dict(decision.memory)))
         if self._book.requests and new == self.plan:
             self._coupling.set(self.plan.batch_size / self._base, distributed.from_rank_zero(self.signals))
@@ -438,7 +458,8 @@ class BatchController:
 
     def _order_seed(self) -> int:
         """Of the order of the samples: another for every ``torch.manual_seed``, the same on every rank."""
-        return distributed.from_rank_zero(sampling.key_for(self._seed, "order", torch.initial_seed()) >> 1)
+        seed: int = distributed.from_rank_zero(sampling.key_for(self._seed, "order", torch.initial_seed()) >> 1)
+        return seed
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass of the micro-batch in hand; ``loss`` is the mean over its samples.
@@ -522,6 +543,7 @@ class BatchController:
             "base_batch_size": self._base,
             "step": self._step,
             "samples": self._samples,
+            "epoch": self.epoch,
             "tokens": self._tokens if self._counts_tokens else None,
             "peak_learning_rate": self._peak_learning_rate,
             "seconds": self.seconds,
@@ -556,7 +578,7 @@ class BatchController:
             )
         self._memory, self._base = dict(state["memory"]), int(state["base_batch_size"])
         self.plan = saved if saved.world_size == distributed.world_size() else self._planned(saved.batch_size)
-        self._step, self._samples = int(state["step"]), float(state["samples"])
+        self._step, self._samples, self.epoch = int(state["step"]), float(state["samples"]), state["epoch"]
         self._tokens, self._counts_tokens = int(state["tokens"] or 0), state["tokens"] is not None
         self._peak_learning_rate = float(state["peak_learning_rate"])
         self._seconds, self._resumed_at = float(state["seconds"]), self._clock()

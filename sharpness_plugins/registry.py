@@ -158,6 +158,29 @@ class Hooks(Protocol):
         What a listener returns is ignored.
         """
 
+    @hookspec(firstresult=True)
+    def sharpness_open_checkpoint(self, path: str) -> Callable[[str], Mapping[str, Any]] | None:
+        """How to measure a checkpoint that describes itself, or None if this plugin does not know the kind.
+
+        ``sharpness measure --checkpoint FILE --data DATA`` asks it. The first answer is called with ``DATA`` and gives
+        arguments of ``measure_sharpness``, ``model`` and ``loader`` at least. What it raises is told to the user::
+
+            # acme_tools/plugin.py
+            from functools import partial
+            from sharpness_plugins import hookimpl
+
+            def open_checkpoint(path, data):
+                import torch
+                from acme_tools.models import build, images
+
+                saved = torch.load(path, weights_only=True)
+                return {"model": build(saved), "loader": images(data)}
+
+            @hookimpl
+            def sharpness_open_checkpoint(path):
+                return partial(open_checkpoint, path) if path.endswith(".acme") else None
+        """
+
     @hookspec
     def sharpness_batch_schedules(self) -> Iterable[ScheduleSpec]:
         """The batch-size schedules that this plugin offers::

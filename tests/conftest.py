@@ -1,8 +1,11 @@
-"""What must be there before warnings become errors."""
+"""What must be there before warnings become errors, and before several processes test side by side."""
 
 from __future__ import annotations
 
+import os
 import warnings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start; more would wait for each other
 
 with warnings.catch_warnings():
     # torch's optimizers import its compiler, which in older versions meets the deprecation of distutils

@@ -164,7 +164,11 @@ def test_what_is_no_loader_is_refused_with_what_to_do(loader, says):
         BatchSource(loader, device=CPU)
 
 
-@pytest.mark.parametrize("loader", [[], (), DataLoader(TensorDataset(torch.zeros(0, 2))), [torch.zeros(0, 3)]], ids=repr)
+@pytest.mark.parametrize(
+    "loader",
+    [[], (), DataLoader(TensorDataset(torch.zeros(0, 2))), [torch.zeros(0, 3)]],
+    ids=["list", "tuple", "no samples", "an empty batch"],
+)
 def test_empty_loaders_are_refused(loader):
     with pytest.raises(LoaderError, match="empty"):
         loaded(loader)

@@ -1,0 +1,959 @@
+"""Lightning's real Trainer on the CPU, in the state that holds: what breaks otherwise is said beside each test."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, TensorDataset
+
+pytest.importorskip("lightning.pytorch", reason="needs the extra [lightning]")
+
+from lightning.fabric import Fabric
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+from sharpness_adapters.fabric import FabricSharpnessCallback, backward, batches, sam_step
+from sharpness_adapters.lightning import (
+    BatchSizeCallback,
+    SAMCallback,
+    SharpnessCallback,
+    _check_version,
+    auto_callbacks,
+    auto_fabric_callbacks,
+    total_steps,
+    training_step_loss,
+)
+from sharpness_plugins import measure_sharpness
+from sharpness_plugins.controller import BatchController
+from sharpness_plugins.errors import LoaderError, PluginWarning
+from sharpness_plugins.optimizers import perturbed
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),  # advice about speed
+    pytest.mark.filterwarnings("ignore:.*num_workers.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning"),
+    # torch's own of Lightning's pytree use, and of its save with an epoch-based scheduler
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning"),
+]
+
+METRIC = "hessian_topk:k=1,num_matvecs=4"
+TOP = "sharpness/hessian_topk"
+FEATURES, CLASSES = 6, 3
+
+
+def dataset(num_samples=96, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(num_samples, FEATURES, generator=generator)
+    return TensorDataset(inputs, torch.randint(CLASSES, (num_samples,), generator=generator))
+
+
+class Recorder:
+    """What training did, step by step."""
+
+    def __init__(self):
+        self.batches, self.steps, self.rates, self.validations = [], [], [], 0
+
+
+class RecordingSGD(torch.optim.SGD):
+    """Notes the learning rate that each step really uses."""
+
+    rates: list
+
+    def step(self, closure=None):
+        self.rates.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+class Net(LightningModule):
+    def __init__(self, *, dropout=0.0, batch_norm=False, lr=0.1, scheduler=None, log=True, batch_size=None):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [nn.Linear(FEATURES, 8), nn.BatchNorm1d(8) if batch_norm else nn.Identity(), nn.Tanh()]
+        self.net = nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(8, CLASSES))
+        self.lr, self.scheduler, self.log_loss = lr, scheduler, log
+        self.seen = Recorder()
+        if batch_size is not None:
+            self.batch_size = batch_size
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        loss = nn.functional.cross_entropy(self.net(inputs), targets)
+        if self.log_loss:
+            self.log("train_loss", loss)
+        return loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.seen.batches.append((self.trainer.current_epoch, len(batch[0])))
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def on_validation_epoch_end(self):
+        self.seen.validations += not self.trainer.sanity_checking
+
+    def configure_optimizers(self):
+        optimizer = RecordingSGD(self.parameters(), lr=self.lr, momentum=0.9)
+        optimizer.rates = self.seen.rates
+        if self.scheduler is None:
+            return optimizer
+        return [optimizer], [{"scheduler": self.scheduler(optimizer), "interval": "step"}]
+
+
+class Data(LightningDataModule):
+    def __init__(self, batch_size=8, num_samples=96, validation=False, drop_last=False, **settings):
+        super().__init__()
+        self.batch_size, self.data, self.validation = batch_size, dataset(num_samples), validation
+        self.settings = {"drop_last": drop_last, **settings}
+
+    def train_dataloader(self):
+        return DataLoader(self.data, batch_size=self.batch_size, **self.settings)
+
+    def val_dataloader(self):
+        return DataLoader(self.data, batch_size=24) if self.validation else []
+
+
+class InOrderOfRanks(Data):
+    """In one process, the order that Lightning gives to the ranks of ddp, which it shuffles in any case."""
+
+    def train_dataloader(self):
+        sampler = DistributedSampler(self.data, num_replicas=1, rank=0, seed=0)
+        return DataLoader(self.data, batch_size=self.batch_size, sampler=sampler)
+
+
+def fit(model, data, callbacks=(), *, epochs=2, ckpt=None, root=None, **settings):
+    if not getattr(data, "validation", False):
+        settings["limit_val_batches"] = 0
+    settings = {"logger": False, "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks), **settings}
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=settings.pop("devices", 1),
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=root,
+        **settings,
+    )
+    if isinstance(data, LightningDataModule):
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt)
+    else:
+        trainer.fit(model, data, ckpt_path=ckpt)
+    return trainer
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.state_dict().values() if p.is_floating_point()])
+
+
+def measuring(**settings):
+    return SharpnessCallback(METRIC, **{"budget": None, "num_samples": 32, "every": "3 steps", **settings})
+
+
+def batches_of(model, epoch):
+    return [size for at, size in model.seen.batches if at == epoch]
+
+
+# --- measuring
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("extra", [{}, {"accumulate_grad_batches": 4, "gradient_clip_val": 0.1}])
+def test_training_with_measuring_is_training_without_it(precision, extra):
+    results = []
+    for callbacks in ([], [measuring()]):
+        model = Net(dropout=0.3, batch_norm=True)
+        torch.manual_seed(1)
+        fit(model, Data(shuffle=True, validation=True), callbacks, precision=precision, **extra)
+        results.append((weights(model), torch.get_rng_state(), model.seen))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert results[0][2].__dict__ == results[1][2].__dict__
+    history = callbacks[0].monitor.history
+    num_steps = 2 * (12 // extra.get("accumulate_grad_batches", 1))
+    assert [m.step for m in history] == [0, *range(3, num_steps + 1, 3)]
+    assert all(math.isfinite(m.values["hessian_topk"]) for m in history)
+    assert history[-1].samples == num_steps * 8 * extra.get("accumulate_grad_batches", 1)
+
+
+def test_persistent_workers_do_not_lose_or_repeat_a_batch():  # an inner pass over the loader made 10 batches into 13
+    model = Net()
+    fit(model, Data(num_samples=40, num_workers=1, persistent_workers=True), [measuring(every="1 step")], epochs=2)
+    assert [batches_of(model, epoch) for epoch in (0, 1)] == [[8] * 5] * 2
+
+
+def test_the_value_is_that_of_the_training_step_in_eval_mode():
+    model, callback = Net(dropout=0.5), measuring(num_samples=96, every="1ep")
+    fit(model, Data(), [callback], epochs=1)
+    data = dataset()
+    report = measure_sharpness(
+        model.net,
+        [data.tensors],
+        [callback.metrics["hessian_topk"]],
+        criterion=nn.CrossEntropyLoss(),
+    )
+    assert callback.last.epoch == 1
+    assert callback.last.values["hessian_topk"] == pytest.approx(report["hessian_topk"].value, rel=1e-5)
+    assert not {"log", "log_dict"} & set(vars(model))
+
+
+def test_the_rule_is_stored_and_logging_is_silent():
+    model = Net()
+    model.log = model.log_dict = None  # what a user shadows comes back
+    report = measure_sharpness(model, [dataset().tensors], METRIC.partition(":")[0], loss_fn=training_step_loss)
+    assert "training_step_loss" in json.dumps(report.provenance)
+    assert vars(model)["log"] is None
+    del model.log, model.log_dict
+    model.automatic_optimization = False
+    with pytest.raises(TypeError, match="would step the optimizer"):
+        training_step_loss(model, dataset().tensors)
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_checkpoint_and_early_stopping_monitor_our_values(tmp_path, validation):  # raises where a value is logged rarely
+    callback = measuring(every="2ep")
+    checkpoint = ModelCheckpoint(tmp_path, monitor=TOP, save_top_k=-1, filename="{epoch}")
+    stopping = EarlyStopping(TOP, patience=100, check_on_train_epoch_end=True)
+    trainer = fit(Net(), Data(validation=validation), [callback, checkpoint, stopping], epochs=5)
+    assert [m.epoch for m in callback.monitor.history] == [0, 2, 4]
+    assert len(list(tmp_path.glob("*.ckpt"))) == 5
+    assert trainer.callback_metrics[TOP].item() == pytest.approx(callback.last.values["hessian_topk"])
+    assert float(checkpoint.current_score) == pytest.approx(callback.last.values["hessian_topk"])
+
+
+def test_values_reach_the_loggers_and_files(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    callback = measuring(csv=str(tmp_path / "own.csv"), jsonl=str(tmp_path / "own.jsonl"))
+    fit(Net(log=False), Data(), [callback], epochs=1, logger=CSVLogger(tmp_path, name="", version=""), root=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 3, 6, 9, 12]
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert TOP in rows[0]
+    assert len(rows) == 1 + 5
+    assert (tmp_path / "own.csv").read_text().count("\n") == 6
+
+
+def test_validate_measures_on_its_own_data_under_inference_mode():  # else: Inference tensors cannot be saved for backward
+    model, callback = Net(batch_norm=True), measuring(num_samples=96)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[callback])
+    (logged,) = trainer.validate(model, DataLoader(dataset(), batch_size=32), verbose=False)
+    assert "probe" not in callback.last.notes
+    assert logged[TOP] == pytest.approx(callback.last.values["hessian_topk"])
+    assert not any(p.is_inference() for p in model.parameters())
+
+
+def test_several_loaders_make_one_probe():
+    class Both(Net):
+        def training_step(self, batch, batch_idx):
+            parts = batch.values() if isinstance(batch, dict) else batch
+            return sum(nn.functional.cross_entropy(self.net(inputs), targets) for inputs, targets in parts)
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            pass
+
+    loaders = [DataLoader(dataset(seed=seed), batch_size=8) for seed in (0, 1)]
+    values = []
+    for loader in (dict(zip("ab", loaders, strict=True)), loaders):
+        callback = measuring(num_samples=96)
+        fit(Both(), loader, [callback], epochs=1)
+        values.append([m.values["hessian_topk"] for m in callback.monitor.history])
+        assert all(map(math.isfinite, values[-1]))
+    assert values[0] == values[1]
+
+
+def test_a_loader_without_a_data_set_is_refused_and_by_auto_callbacks_only_said():
+    stream = [dataset(8).tensors] * 3
+
+    class Stream:
+        def __iter__(self):
+            return iter(stream)
+
+    with pytest.raises(LoaderError):
+        fit(Net(), Stream(), [measuring()], epochs=1, limit_train_batches=3)
+    callback = measuring()
+    callback.is_optional = True
+    with pytest.warns(PluginWarning, match="no sharpness is measured"):
+        trainer = fit(Net(), Stream(), [callback], epochs=1, limit_train_batches=3)
+    assert trainer.global_step == 3
+    callback = measuring(probe=stream)
+    fit(Net(), Stream(), [callback], epochs=1, limit_train_batches=3)
+    assert [m.step for m in callback.monitor.history] == [0, 3]
+
+
+def test_a_failing_metric_is_recorded_and_training_goes_on():
+    def broken(objective, rng):
+        raise RuntimeError("no")
+
+    callback = SharpnessCallback([broken], budget=None, num_samples=8, every="1ep")
+    with pytest.warns(UserWarning, match="no"):
+        trainer = fit(Net(), Data(), [callback], epochs=1)
+    assert trainer.global_step == 12
+    assert all(math.isnan(value) for value in callback.last.values.values())
+
+
+# --- SAM
+
+
+def sam_by_hand(model, data, *, rho, accumulate=1, clip=None, epochs=2, lr=0.1):
+    """The plain loop: both gradients over all micro-batches of a step, the second one clipped."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    for _ in range(epochs):
+        loaded = list(DataLoader(data, batch_size=8))
+        for at in range(0, len(loaded), accumulate):
+            group = loaded[at : at + accumulate]
+
+            def backward(group=group):
+                for inputs, targets in group:
+                    (nn.functional.cross_entropy(model.net(inputs), targets) / accumulate).backward()
+
+            optimizer.zero_grad()
+            backward()
+            with perturbed(model.parameters(), rho, module=model):
+                backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+
+
+@pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (4, None), (4, 0.05)])
+def test_sam_is_the_plain_loop(accumulate, clip):  # the closure way replays only the last micro-batch, and adds to g1
+    model, twin = Net(batch_norm=True), Net(batch_norm=True)
+    callback = SAMCallback(rho=0.2)
+    settings = {"gradient_clip_val": clip} if clip else {}
+    fit(model, Data(), [callback], accumulate_grad_batches=accumulate, **settings)
+    sam_by_hand(twin, dataset(), rho=0.2, accumulate=accumulate, clip=clip)
+    torch.testing.assert_close(weights(model), weights(twin), rtol=1e-5, atol=1e-7)
+    assert len(model.seen.rates) == 24 // accumulate
+    assert callback.surrogate_gap != 0
+    assert callback.gradient_norm > 0
+
+
+def test_sam_that_does_not_move_is_the_training_without_it():
+    model, twin = Net(), Net()
+    callback = SAMCallback(rho=0.0)
+    fit(model, Data(), [callback])
+    fit(twin, Data())
+    assert torch.equal(weights(model), weights(twin))
+    assert callback.surrogate_gap == 0
+    callback = SAMCallback(rho=0.5)
+    fit(model := Net(), Data(), [callback])
+    assert not torch.allclose(weights(model), weights(twin))
+
+
+def test_sam_in_bf16_trains_and_logs_once():
+    model = Net()
+    fit(model, Data(), [SAMCallback(rho=0.2)], precision="bf16-mixed")
+    twin = Net()
+    sam_by_hand(twin, dataset(), rho=0.2)
+    torch.testing.assert_close(weights(model), weights(twin), rtol=0.05, atol=0.02)
+
+
+class Scaler(torch.amp.GradScaler):
+    def __init__(self, **settings):
+        super().__init__("cpu", **settings)
+
+
+def test_sam_under_a_grad_scaler():  # closure-SAM raises: the scaler passes no closure
+    model = Net()
+    callback = SAMCallback(rho=0.2)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=Scaler(init_scale=2.0**10))
+    fit(model, Data(), [callback], plugins=[plugin], gradient_clip_val=0.5, accumulate_grad_batches=2)
+    twin = Net()
+    sam_by_hand(twin, dataset(), rho=0.2, accumulate=2, clip=0.5)
+    assert len(model.seen.rates) == 12
+    torch.testing.assert_close(weights(model), weights(twin), rtol=0.05, atol=0.02)
+
+
+def test_steps_that_the_scaler_skips_leave_the_weights_and_are_not_counted():
+    model, before = Net(lr=0.1), weights(Net())
+    sam, sizes = SAMCallback(), BatchSizeCallback("8")
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=Scaler(init_scale=2.0**120, backoff_factor=0.5))
+    fit(model, Data(), [sam, sizes], plugins=[plugin], epochs=1)
+    assert torch.equal(weights(model), before)
+    assert sizes.controller.step == 0
+    assert sizes.controller.samples == 96
+
+
+def test_a_second_gradient_that_overflows_leaves_the_step_out_and_lowers_the_scale():
+    class Cliff(Net):
+        """Overflows at the perturbed weights only."""
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            moved = not torch.equal(self.net[0].weight.detach(), self.start)
+            return loss * (1e38 if moved else 1.0) * (1e38 if moved else 1.0)
+
+    model = Cliff()
+    model.start = model.net[0].weight.detach().clone()
+    scaler = Scaler(init_scale=4.0)
+    callback = SAMCallback()
+    fit(
+        model,
+        Data(),
+        [callback],
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)],
+        limit_train_batches=1,
+        epochs=1,
+    )
+    assert torch.equal(model.net[0].weight.detach(), model.start)
+    assert callback.num_skipped == 1
+    assert scaler.get_scale() == 2.0
+
+
+# --- batch sizes
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_steps_rates_and_validations_after_a_switch(workers):
+    # changing the sampler alone: 16 -> 64 stopped validation, 64 -> 16 cut the epoch
+    settings = {"num_workers": 1, "persistent_workers": True} if workers else {}
+    model, callback = Net(), BatchSizeCallback("0:8 1ep:32 3ep:16")
+    trainer = fit(model, Data(validation=True, **settings), [callback], epochs=4)
+    assert [batches_of(model, epoch) for epoch in range(4)] == [[8] * 12, [32] * 3, [32] * 3, [16] * 6]
+    assert trainer.global_step == callback.controller.step == 24
+    assert callback.controller.samples == 4 * 96
+    assert model.seen.validations == 4
+    assert model.seen.rates == pytest.approx([0.1] * 12 + [0.4] * 6 + [0.2] * 6)  # linear, as for SGD
+    assert [(c.step, c.epoch, c.new.batch_size) for c in callback.history] == [(12, 1, 32), (18, 3, 16)]
+    logged = trainer.callback_metrics
+    assert (logged["sharpness/batch_size"], logged["sharpness/learning_rate"]) == pytest.approx((16, 0.2))
+    assert trainer.reload_dataloaders_every_n_epochs == 0
+    assert trainer.accumulate_grad_batches == 1
+
+
+def test_drop_last_does_not_delay_an_epoch():
+    model, callback = Net(), BatchSizeCallback("0:10 2ep:20")
+    fit(model, Data(num_samples=96, drop_last=True), [callback], epochs=3)
+    assert [batches_of(model, epoch) for epoch in range(3)] == [[10] * 9, [10] * 9, [20] * 4]
+
+
+def test_a_batch_size_of_the_module_is_set_where_it_has_the_loader():
+    class Whole(Net):
+        def train_dataloader(self):
+            return DataLoader(dataset(), batch_size=self.batch_size)
+
+    model = Whole(batch_size=64)
+    fit(model, None, [BatchSizeCallback("0:8 1ep:32")])
+    assert [batches_of(model, epoch) for epoch in range(2)] == [[8] * 12, [32] * 3]
+
+
+def test_the_shared_sampler_follows():
+    callback = BatchSizeCallback("0:8 1ep:32")
+    model, data = Net(), dataset()
+    fit(model, DataLoader(data, batch_sampler=callback.batch_sampler(RandomSampler(data))), [callback])
+    assert [batches_of(model, epoch) for epoch in range(2)] == [[8] * 12, [32] * 3]
+
+
+def test_large_batches_accumulate_where_memory_ends():
+    model, callback = Net(), BatchSizeCallback("0:8 1ep:32", max_micro_batch=8)
+    trainer = fit(model, Data(), [callback])
+    assert [batches_of(model, epoch) for epoch in range(2)] == [[8] * 12] * 2
+    assert trainer.global_step == 12 + 3
+    assert model.seen.rates == pytest.approx([0.1] * 12 + [0.4] * 3)
+
+
+def test_accumulation_changes_within_an_epoch_where_groups_are_whole():
+    model, callback = Net(), BatchSizeCallback("0:8 6 steps:32", mode="accumulate")
+    trainer = fit(model, DataLoader(dataset(), batch_size=8), [callback], epochs=1)
+    # 6 batches alone; 6 is no multiple of 4, so batches 7 and 8 are too; then one group of 4
+    assert trainer.global_step == 9
+    assert model.seen.rates == pytest.approx([0.1] * 8 + [0.4])
+    assert callback.history[0].samples == 64
+
+
+@pytest.mark.parametrize("num_samples", [96, 90])
+def test_accumulated_gradients_are_those_of_the_large_batch(num_samples):  # Lightning alone: mean of means, / 4 at the tail
+    small, large = Net(lr=0.1), Net(lr=0.1)
+    fit(small, DataLoader(dataset(num_samples), batch_size=8), [BatchSizeCallback("32", mode="accumulate")])
+    fit(large, DataLoader(dataset(num_samples), batch_size=32))
+    torch.testing.assert_close(weights(small), weights(large), rtol=1e-5, atol=1e-7)
+    assert len(small.seen.rates) == len(large.seen.rates) == 6
+
+
+def test_sam_weighs_a_ragged_group_as_the_large_batch():
+    small, large = Net(), Net()
+    fit(small, DataLoader(dataset(90), batch_size=8), [SAMCallback(0.2), BatchSizeCallback("32", mode="accumulate")])
+    fit(large, DataLoader(dataset(90), batch_size=32), [SAMCallback(0.2)])
+    torch.testing.assert_close(weights(small), weights(large), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["loader", "accumulate"])
+def test_one_cycle_ends_where_training_does(mode):  # estimated_stepping_batches: half the rate, or one step too many
+    callback = BatchSizeCallback("0:8 1ep:32 3ep:16", mode=mode, coupling="none", micro_batch=8)
+    steps = callback.total_steps(90, 4)
+    final = []
+
+    def one_cycle(optimizer):
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
+        final.append(scheduler)
+        return scheduler
+
+    trainer = fit(Net(scheduler=one_cycle), Data(num_samples=90, shuffle=True), [callback], epochs=4)
+    assert trainer.global_step == steps
+    assert final[0].last_epoch == steps
+    assert len(callback.history) == 2
+
+
+@pytest.mark.parametrize("schedule", ["0:8 6 steps:32", "0:8 50:24 1ep:8", "double(8, every='20 steps', cap=64)"])
+@pytest.mark.parametrize("num_samples", [90, 96, 7])
+@pytest.mark.parametrize("mode", ["loader", "accumulate"])
+def test_total_steps_are_those_of_the_run(schedule, num_samples, mode):
+    if schedule.startswith("0:8 50"):
+        schedule = "0:8 50:24 120:8"
+    trainer = fit(Net(), Data(num_samples=num_samples), [BatchSizeCallback(schedule, mode=mode)], epochs=3)
+    assert trainer.global_step == total_steps(schedule, num_samples, 3, micro_batch=8 if mode == "accumulate" else None)
+
+
+class StopAfter(Callback):
+    """Ends the run in the middle, as a time limit does."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epoch
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["loader", "accumulate"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop, mode):  # in on_fit_start, current_epoch is still 0
+    def callbacks():
+        return [BatchSizeCallback("0:8 1ep:32 3ep:16", mode=mode), SAMCallback(0.1), measuring(every="1ep")]
+
+    whole, parts = callbacks(), callbacks()
+    model = Net()
+    fit(model, Data(), whole, epochs=4)
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
+    fit(Net(), Data(), [*parts, StopAfter(stop), checkpoint], epochs=4)
+    resumed, later = Net(), callbacks()
+    fit(resumed, Data(batch_size=3 if mode == "loader" else 8), later, epochs=4, ckpt=tmp_path / "last.ckpt")
+    assert torch.equal(weights(resumed), weights(model))
+    assert [batches_of(resumed, epoch) for epoch in range(stop, 4)] == [batches_of(model, e) for e in range(stop, 4)]
+    assert resumed.seen.rates == model.seen.rates[-len(resumed.seen.rates) :]
+    assert [(c.step, c.new) for c in later[0].history] == [(c.step, c.new) for c in whole[0].history]
+    values = [[(m.step, m.samples, m.values["hessian_topk"]) for m in c[2].monitor.history] for c in (whole, later)]
+    assert values[0] == values[1]
+    assert len(json.dumps(later[0].state_dict())) < 10_000
+    torch.load(tmp_path / "last.ckpt", weights_only=True)
+
+
+def test_a_checkpoint_of_the_last_validation_resumes_with_the_next_size(tmp_path):
+    # it is saved before on_train_epoch_end, in which the size changes
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_on_train_epoch_end=False)
+    fit(Net(), Data(validation=True), [BatchSizeCallback("0:8 1ep:32"), checkpoint], epochs=1)
+    model = Net()
+    callback = BatchSizeCallback("0:8 1ep:32")
+    fit(model, Data(validation=True), [callback], epochs=2, ckpt=next(tmp_path.glob("*.ckpt")))
+    assert batches_of(model, 1) == [32] * 3
+    assert callback.controller.samples == 2 * 96
+
+
+def test_a_step_checkpoint_resumes_within_the_epoch(tmp_path):
+    def sizes():
+        return BatchSizeCallback("0:8 6 steps:32", mode="accumulate")
+
+    model, resumed, first, second = Net(), Net(), sizes(), sizes()
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=9, filename="{step}")  # the end of epoch 1, 3 steps before
+    fit(model, DataLoader(dataset(), batch_size=8), [first, checkpoint], epochs=2)
+    trainer = fit(resumed, DataLoader(dataset(), batch_size=8), [second], epochs=2, ckpt=tmp_path / "step=9.ckpt")
+    assert torch.equal(weights(resumed), weights(model))
+    assert trainer.global_step == second.controller.step == 12
+    assert second.controller.samples == first.controller.samples == 192
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(dataset(90))
+
+
+@pytest.mark.parametrize("mode", ["loader", "accumulate"])
+def test_a_stream_without_a_length(mode):
+    class Streaming(Data):
+        def train_dataloader(self):
+            return DataLoader(Stream(), batch_size=self.batch_size)
+
+    model, callback, sharp = Net(), BatchSizeCallback("0:8 1ep:32", mode=mode), measuring(every="1ep")
+    trainer = fit(model, Streaming(), [callback, sharp], epochs=3)
+    assert trainer.global_step == 12 + 2 * 3
+    assert callback.controller.samples == 270
+    assert model.seen.rates == pytest.approx([0.1] * 12 + [0.4] * 6)
+    assert [m.epoch for m in sharp.monitor.history] == [0, 1, 2, 3]
+
+
+def test_ctrl_c_in_the_second_pass_leaves_the_weights():
+    class Interrupted(Net):
+        calls = 0
+
+        def training_step(self, batch, batch_idx):
+            self.calls += 1
+            if self.calls == 4:  # the second pass of the second step
+                self.moved = weights(self)
+                raise KeyboardInterrupt
+            return super().training_step(batch, batch_idx)
+
+    class Keep(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.kept = weights(pl_module)
+
+    model, keep = Interrupted(), Keep()
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        fit(model, Data(), [keep, SAMCallback(0.5)], epochs=1)
+    assert torch.equal(weights(model), keep.kept)
+    assert not torch.equal(model.moved, keep.kept)
+    assert not {"log", "log_dict"} & set(vars(model))
+
+
+def test_a_second_fit_of_the_same_trainer_goes_on():
+    callback, model, data = BatchSizeCallback("0:8 1ep:32"), Net(), Data()
+    trainer = fit(model, data, [callback], epochs=1)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, datamodule=data)
+    assert [batches_of(model, epoch) for epoch in range(2)] == [[8] * 12, [32] * 3]
+    assert callback.controller.samples == 2 * 96
+
+
+def test_a_schedule_that_looks_at_sharpness_or_noise():
+    rule = "window=1, every='6 steps', min_wait='6 steps', budget=1.0, deadline='2ep'"
+    sharp = BatchSizeCallback(f"sharpness_switch(8, 32, 'hessian_topk:k=1', {rule})", num_samples=32)
+    model = Net()
+    fit(model, Data(), [sharp], epochs=4)
+    assert batches_of(model, 3) == [32] * 3
+    noise = BatchSizeCallback("noise_scale(16, 64, min_wait='2 steps')", mode="accumulate")
+    callback = measuring(every="4 steps")
+    fit(Net(), DataLoader(dataset(), batch_size=8), [noise, callback], epochs=4)
+    assert "gradient_noise_scale" in noise.controller.signals
+    assert noise._meter.average.num_steps > 0
+    assert "noise_scale" in callback.last.values
+
+
+def test_all_three_at_once():
+    sizes, sam, sharp = BatchSizeCallback("0:8 1ep:32"), SAMCallback(0.1), measuring(every="1ep")
+    model = Net(batch_norm=True)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=Scaler(init_scale=2.0**8))
+    fit(model, Data(validation=True), [sharp, sam, sizes], epochs=3, gradient_clip_val=1.0, plugins=[plugin])
+    assert [batches_of(model, epoch) for epoch in range(3)] == [[8] * 12, [32] * 3, [32] * 3]
+    assert {"hessian_topk", "surrogate_gap", "gradient_norm"} <= set(sharp.last.values)
+    twin = Net(batch_norm=True)
+    fit(
+        twin,
+        Data(validation=True),
+        [SAMCallback(0.1), BatchSizeCallback("0:8 1ep:32")],
+        epochs=3,
+        gradient_clip_val=1.0,
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler=Scaler(init_scale=2.0**8))],
+    )
+    assert torch.equal(weights(model), weights(twin))
+
+
+# --- refused in words
+
+
+def test_what_cannot_work_is_refused():
+    with pytest.raises(ValueError, match="batch_size of the datamodule"):
+        fit(Net(), DataLoader(dataset(), batch_size=8), [BatchSizeCallback("8", mode="loader")])
+    with pytest.raises(ValueError, match="does not use batch_size"):
+        fit(Net(batch_size=4), DataLoader(dataset(), batch_size=8), [BatchSizeCallback("16")])
+    with pytest.raises(ValueError, match="Leave it out of the Trainer"):
+        fit(Net(), Data(), [BatchSizeCallback("8")], accumulate_grad_batches=2)
+    with pytest.raises(ValueError, match="mode is"):
+        BatchSizeCallback("8", mode="both")
+    with pytest.raises(ValueError, match="radius"):
+        SAMCallback(rho=-1)
+    with pytest.raises(ValueError, match="nobody knows"):
+        total_steps("noise_scale(16, 64)", 96, 2)
+    model = Net()
+    model.automatic_optimization = False
+    for callback in (SAMCallback(), BatchSizeCallback("8")):
+        with pytest.raises(ValueError, match="automatic optimization"):
+            fit(model, Data(), [callback])
+    with pytest.raises(TypeError, match=r"Import Trainer and LightningModule from lightning\.pytorch"):
+        SharpnessCallback().setup(object(), model, "fit")
+
+
+# --- two ranks
+
+SCRIPT = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+import warnings
+from test_adapter_lightning import *
+from torch.utils.data import SequentialSampler
+warnings.simplefilter("ignore")
+child = os.fork()  # before any thread; so that Lightning is imported once
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if child else "1"
+out = {}
+ddp = dict(devices=2, strategy="ddp", num_nodes=1)
+
+def run(name, callbacks, data=None, **settings):
+    model = Net(batch_norm=False)
+    trainer = fit(model, data or Data(), callbacks, **{'epochs': 4, **ddp, **settings})
+    out[name] = {"batches": model.seen.batches, "rates": model.seen.rates, "weights": weights(model).tolist(),
+                 "steps": trainer.global_step, "rng": torch.get_rng_state().sum().item()}
+    return out[name]
+
+schedule = "0:8 1ep:32 3ep:16"
+sharp, sizes = measuring(every="1ep"), BatchSizeCallback(schedule)
+found = run("three", [sharp, SAMCallback(0.1), sizes], gradient_clip_val=1.0)
+found["history"] = [{**m.to_dict(), "seconds": 0} for m in sharp.monitor.history]
+found["changes"] = [[c.step, c.samples, c.epoch, c.new.batch_size] for c in sizes.history]
+found["monitored"] = sharp.last.values
+run("two", [SAMCallback(0.1), BatchSizeCallback(schedule)], gradient_clip_val=1.0)
+growing = BatchSizeCallback("0:8 15 steps:32 18 steps:24", mode="accumulate", micro_batch=4)
+run("accumulate", [SAMCallback(0.1), growing], Data(batch_size=4, num_samples=90))
+callback = BatchSizeCallback(schedule)
+data = dataset()
+run("shared", [callback], DataLoader(data, batch_sampler=callback.batch_sampler(SequentialSampler(data))))
+run("timed", [measuring(every="0.01 s")], epochs=1)
+run("bf16", [measuring(every="5 steps"), SAMCallback(0.1)], precision="bf16-mixed", epochs=1)
+with open(sys.argv[2] + os.environ["RANK"], "w") as file:
+    json.dump(out, file)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two gloo ranks found, started as torchrun starts them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "script.py").write_text(SCRIPT)
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(folder / "script.py"), str(Path(__file__).parent), str(folder / "out")]
+    told = subprocess.run(command, env={**os.environ, **common}, capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0, told.stderr[-3000:]
+    return [json.loads((folder / f"out{rank}").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", ["three", "two", "accumulate", "shared", "timed", "bf16"])
+def test_two_ranks_stay_one_model(ranks, name):
+    assert {key: value for key, value in ranks[0][name].items() if key != "rng"} == {
+        key: value for key, value in ranks[1][name].items() if key != "rng"
+    }
+
+
+def test_two_ranks_measure_without_a_trace(ranks):
+    assert ranks[0]["three"]["weights"] == ranks[0]["two"]["weights"]
+    assert ranks[0]["three"]["rng"] == ranks[0]["two"]["rng"]
+
+
+def test_two_ranks_train_as_one_process_does(ranks):
+    # ranks 0 and 1 take every other sample of an order, so the global batches are those of one process
+    sharp, sizes = measuring(every="1ep"), BatchSizeCallback("0:8 1ep:32 3ep:16")
+    model = Net()
+    fit(model, InOrderOfRanks(), [sharp, SAMCallback(0.1), sizes], epochs=4, gradient_clip_val=1.0)
+    found = ranks[0]["three"]
+    torch.testing.assert_close(torch.tensor(found["weights"]), weights(model), rtol=1e-4, atol=1e-6)
+    assert [tuple(batch) for batch in found["batches"]] == [(epoch, size // 2) for epoch, size in model.seen.batches]
+    assert found["rates"] == pytest.approx(model.seen.rates)
+    assert found["changes"] == [[c.step, c.samples, c.epoch, c.new.batch_size] for c in sizes.history]
+    for one, two in zip(found["history"], sharp.monitor.history, strict=True):
+        assert (one["step"], one["samples"], one["epoch"]) == (two.step, two.samples, two.epoch)
+        assert one["values"]["hessian_topk"] == pytest.approx(two.values["hessian_topk"], rel=1e-3)
+
+
+def test_two_ranks_accumulate_and_count_as_planned(ranks):
+    model = Net()
+    schedule = "0:8 15 steps:32 18 steps:24"
+    callbacks = [SAMCallback(0.1), BatchSizeCallback(schedule, mode="accumulate")]
+    fit(model, InOrderOfRanks(batch_size=8, num_samples=90), callbacks, epochs=4)
+    found = ranks[0]["accumulate"]
+    torch.testing.assert_close(torch.tensor(found["weights"]), weights(model), rtol=1e-4, atol=1e-6)
+    assert found["steps"] == total_steps(schedule, 90, 4, world_size=2, micro_batch=4)
+    assert found["rates"] == pytest.approx(model.seen.rates)
+
+
+def test_a_shared_sampler_is_handed_on_to_the_one_that_lightning_makes_for_ddp(ranks):  # a kept reference does nothing
+    sizes = [[size for at, size in ranks[0]["shared"]["batches"] if at == epoch] for epoch in range(4)]
+    assert sizes == [[4] * 12, [16] * 3, [16] * 3, [8] * 6]
+
+
+# --- Lightning's command line, and entry points
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # of Lightning's own calls
+def test_lightning_cli_builds_all_three_from_yaml_and_arguments(tmp_path, monkeypatch):
+    pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    config = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "limit_val_batches": 0,
+        "callbacks": [
+            {
+                "class_path": "sharpness_adapters.lightning.SharpnessCallback",
+                "init_args": {"metrics": [METRIC], "every": "6 steps", "budget": None, "num_samples": 16},
+            },
+            {"class_path": "sharpness_adapters.lightning.SAMCallback", "init_args": {"rho": 0.1}},
+        ],
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps({"trainer": config}))  # JSON is YAML
+    monkeypatch.setattr(sys, "argv", ["train"])
+    args = ["fit", f"--config={tmp_path / 'config.yaml'}", "--data.batch_size=8", "--trainer.callbacks+=BatchSizeCallback"]
+    args += ["--trainer.callbacks.schedule=0:8 1ep:32", "--trainer.callbacks.coupling=none"]
+    cli = LightningCLI(Net, Data, args=args, save_config_callback=None, seed_everything_default=False)
+    assert [batches_of(cli.model, epoch) for epoch in range(2)] == [[8] * 12, [32] * 3]
+    sharp, sam, sizes = (cli.trainer.callbacks[at] for at in range(3))
+    assert [m.step for m in sharp.monitor.history] == [0, 6, 12]
+    assert (sam.rho, sizes.coupling, cli.model.seen.rates[-1]) == (0.1, "none", 0.1)
+
+
+def test_auto_callbacks_are_opt_in_and_never_raise(monkeypatch):
+    monkeypatch.delenv("SHARPNESS_AUTO", raising=False)
+    assert auto_callbacks() == auto_fabric_callbacks() == []
+    monkeypatch.setenv("SHARPNESS_AUTO", "1")
+    monkeypatch.setenv("SHARPNESS_AUTO_METRICS", "hessian_topk")
+    monkeypatch.setenv("SHARPNESS_AUTO_EVERY", "5 steps")
+    (callback,) = auto_callbacks()
+    assert (callback.every, callback.num_samples) == ("5 steps", 512)
+    fit(Net(), Data(), [callback], epochs=1)
+    assert list(callback.last.values) == ["hessian_topk"]
+    assert isinstance(auto_fabric_callbacks()[0], FabricSharpnessCallback)
+    monkeypatch.setenv("SHARPNESS_AUTO_METRICS", "hessian_tokp")
+    with pytest.warns(UserWarning, match="Did you mean"):
+        assert auto_callbacks() == []
+
+
+def test_the_factory_module_imports_nothing_that_costs():
+    script = "import sys, sharpness_adapters.lightning_auto as auto; assert auto.auto_callbacks() == []; "
+    script += "assert not {'torch', 'lightning', 'sharpness_plugins'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "SHARPNESS_AUTO": ""})
+
+
+def test_a_missing_or_old_lightning_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    monkeypatch.delitem(sys.modules, "sharpness_adapters.lightning")
+    with pytest.raises(
+        ImportError, match=r'is not installed. Install it with: pip install "sharpness-plugins\[lightning\]"'
+    ):
+        importlib.import_module("sharpness_adapters.lightning")
+    with pytest.raises(ImportError, match=r"needs lightning>=2\.4, and 2\.3\.1 is installed"):
+        _check_version("2.3.1")
+
+
+# --- Fabric
+
+
+def fabric_run(callback=None, *, schedule="16", sam=None, epochs=2, max_micro_batch=None, precision="32-true"):
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision, callbacks=[callback] if callback else [])
+    plain = Net(log=False)
+    model, optimizer = fabric.setup(plain.net, torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9))
+    if sam is not None:
+        loader = fabric.setup_dataloaders(DataLoader(dataset(), batch_size=16))
+        for _ in range(epochs):
+            for inputs, targets in loader:
+                optimizer.zero_grad()
+
+                def closure(inputs=inputs, targets=targets):
+                    loss = nn.functional.cross_entropy(model(inputs), targets)
+                    fabric.backward(loss)
+                    return loss
+
+                sam_step(optimizer, closure, sam, module=model)
+        return plain, None, []
+    controller = BatchController(schedule, optimizer.optimizer, model=plain, max_micro_batch=max_micro_batch)
+    loader = DataLoader(dataset(), batch_size=16)
+    sizes = []
+    for _ in range(epochs):
+        for index, (inputs, targets) in enumerate(batches(fabric, controller, loader, model)):
+            fabric.call("on_train_batch_start", (inputs, targets), index)
+            sizes.append(len(inputs))
+            backward(fabric, controller, nn.functional.cross_entropy(model(inputs), targets))
+            if controller.at_step:
+                optimizer.step()
+                optimizer.zero_grad()
+        fabric.call("on_train_epoch_end")
+    return plain, controller, sizes
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_fabric_measures_without_a_trace(precision):
+    settings = {"criterion": nn.CrossEntropyLoss(), "budget": None, "every": "3 steps", "num_samples": 32}
+    given = FabricSharpnessCallback(METRIC, loader=DataLoader(dataset(), batch_size=16), **settings)
+    seen = FabricSharpnessCallback(METRIC, **settings)  # takes the first batches that the loop shows
+    states = [weights(fabric_run(callback, precision=precision)[0]) for callback in (None, given, seen)]
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(states[0], states[2])
+    assert [m.step for m in given.monitor.history] == [1, 3, 6, 9, 12]
+    assert [m.samples for m in given.monitor.history] == [16, 48, 96, 144, 192]
+    assert [m.step for m in seen.monitor.history] == [2, 3, 6, 9, 12]
+    later = FabricSharpnessCallback(METRIC, loader=DataLoader(dataset(), batch_size=16), **settings)
+    later.load_state_dict(json.loads(json.dumps(given.state_dict())))
+    fabric_run(later, epochs=1)
+    assert [m.step for m in later.monitor.history] == [1, 3, 6, 9, 12, 15, 18]
+
+
+def test_fabric_measures_a_lightning_module_by_its_training_step():
+    callback = FabricSharpnessCallback(METRIC, loader=DataLoader(dataset(), batch_size=16), budget=None, every="1ep")
+    fabric = Fabric(accelerator="cpu", callbacks=[callback])
+    model = Net()
+    module, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    module.mark_forward_method("training_step")
+    model.log_loss = False
+    fabric.backward(module.training_step(dataset().tensors, 0))
+    optimizer.step()
+    assert math.isfinite(callback.monitor.last.values["hessian_topk"])
+
+
+def test_fabric_with_a_schedule_is_the_large_batch():
+    small, controller, sizes = fabric_run(schedule="0:16 1ep:48", max_micro_batch=16)
+    assert sizes == [16] * 12
+    assert controller.step == 6 + 2
+    large, controller, sizes = fabric_run(schedule="0:16 1ep:48")
+    assert sizes == [16] * 6 + [48] * 2
+    torch.testing.assert_close(weights(small), weights(large), rtol=1e-5, atol=1e-7)
+
+
+def test_fabric_sam_is_the_plain_loop():
+    model, _, _ = fabric_run(sam=0.2)
+    twin = Net()
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        for inputs, targets in DataLoader(dataset(), batch_size=16):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(twin.net(inputs), targets).backward()
+            with perturbed(twin.parameters(), 0.2):
+                nn.functional.cross_entropy(twin.net(inputs), targets).backward()
+            optimizer.step()
+    torch.testing.assert_close(weights(model), weights(twin), rtol=1e-6, atol=1e-8)
+
+
+def test_the_example_runs(tmp_path):
+    pytest.importorskip("matplotlib", reason="the example draws")
+    pytest.importorskip("sklearn", reason="the example trains on scikit-learn's digits")
+    example = runpy.run_path(str(Path(__file__).parents[1] / "adapters" / "examples" / "lightning_digits.py"))
+    sharpness, sizes, accuracy = example["train"](tmp_path)
+    example["plot"](sharpness, sizes).savefig(tmp_path / "plot.png")
+    assert [(change.epoch, change.new.batch_size) for change in sizes.history] == [(3, 256)]
+    assert len(sharpness.monitor.history) == 11
+    assert accuracy > 0.9
+    assert (tmp_path / "flattest.ckpt").exists()
