@@ -835,8 +835,13 @@ def test_auto_callbacks_are_opt_in_and_never_raise(monkeypatch):
     monkeypatch.setenv("SHARPNESS_AUTO_EVERY", "5 steps")
     (callback,) = auto_callbacks()
     assert (callback.every, callback.num_samples) == ("5 steps", 512)
-    fit(Net(), Data(), [callback], epochs=1)
-    assert list(callback.last.values) == ["hessian_topk"]
+    automatic = fit(Net(), Data(), epochs=1).callbacks  # by the entry point
+    (found,) = [one for one in automatic if isinstance(one, SharpnessCallback)]
+    assert list(found.last.values) == ["hessian_topk"]
+    own = SharpnessCallback(["hessian_topk:k=1"])
+    both = [one for one in fit(Net(), Data(), [own], epochs=1).callbacks if isinstance(one, SharpnessCallback)]
+    assert [one.last is not None for one in both] == [one is own for one in both]
+    assert len(both) == 2
     assert isinstance(auto_fabric_callbacks()[0], FabricSharpnessCallback)
     monkeypatch.setenv("SHARPNESS_AUTO_METRICS", "hessian_tokp")
     with pytest.warns(UserWarning, match="Did you mean"):

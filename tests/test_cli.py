@@ -396,7 +396,8 @@ def test_list_json(capsys):
 
 
 def test_list_without_a_match_is_an_error(capsys):
-    assert main(["list", "nothing*"]) == 1
+    with fresh_registry():  # other tests have metrics of their own
+        assert main(["list", "nothing*"]) == 1
     told = error_of(capsys)
     assert "nothing matches 'nothing*'. There are metrics: adaptive_topk, epsilon_box" in told
     assert "schedules: cap, double" in told
@@ -623,7 +624,7 @@ class Terminal:
 
 
 def test_progress_redraws_on_a_terminal_only(monkeypatch):
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((30, 20)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((30, 20)))  # pytest asks, too
     about = (1, 2, 0, Recipe(16))
     events = [ExperimentEvent(*about, "epoch 1, training loss 2.2"), ExperimentEvent(*about, "19 epochs", finished=True)]
     shown = {}

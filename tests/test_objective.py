@@ -450,6 +450,7 @@ def test_weight_norm_has_the_right_hessian(api, mode):
     assert vars(layer).get("weight") is plain  # the hook's own tensor, and not one of ours
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of those that Python drops
 @pytest.mark.parametrize("seed", range(4))
 def test_no_trace_after_a_real_interrupt_at_any_moment(seed):
     """A signal falls where it wants, also between the swap of two weights: nothing but a timer finds those places."""
@@ -469,6 +470,8 @@ def test_no_trace_after_a_real_interrupt_at_any_moment(seed):
         signal.setitimer(signal.ITIMER_REAL, seconds)
         while True:
             objective.value_and_grad()
+            if signal.getitimer(signal.ITIMER_REAL)[0] == 0:  # it fell into a destructor, where Python drops exceptions
+                signal.setitimer(signal.ITIMER_REAL, seconds)
 
     handler = signal.signal(signal.SIGALRM, interrupt)
     try:

@@ -151,7 +151,7 @@ def test_every_batch_has_the_scheduled_size(num_workers, persistent, drop_last):
         Numbers(50), batch_size=4, shuffle=True, num_workers=num_workers, persistent_workers=persistent, drop_last=drop_last
     )
     loader = ResizableLoader(loader, seed=3)
-    before = torch.get_rng_state()
+    before, others = torch.get_rng_state(), set(multiprocessing.active_children())
     expected = [  # changes after so many batches; sizes
         ({}, [6] * 8 + [2]),
         ({2: 15}, [6, 6, 15, 15, 8]),
@@ -166,7 +166,7 @@ def test_every_batch_has_the_scheduled_size(num_workers, persistent, drop_last):
         assert loader.sampler.dropped == 50 - len(indices)
     assert torch.equal(torch.get_rng_state(), before)
     del loader
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= others
 
 
 def run(loader, changes, epochs=2):
@@ -232,6 +232,7 @@ def test_another_number_of_ranks_resumes_between_groups():
 
 def test_an_iteration_goes_on_where_delivery_stopped():
     """After a break, and after an exception in the loop's body or in the data."""
+    others = set(multiprocessing.active_children())
     loader = ResizableLoader(DataLoader(Numbers(20), batch_size=3, shuffle=True, num_workers=2))
     found = []
     for batch in loader:
@@ -245,7 +246,7 @@ def test_an_iteration_goes_on_where_delivery_stopped():
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= others
     assert found + [index for indices, _ in delivered(loader) for index in indices] == order_of(20)
 
 

@@ -213,7 +213,8 @@ class SharpnessCallback(Callback):
         prefix: of the names that are logged, which also tells two of these callbacks apart in a checkpoint.
     Attributes:
         monitor: the ``SharpnessMonitor``; None before training.
-        is_optional: whether a training loader that no probe can be drawn from is a warning only.
+        is_optional: of an automatic one: a training loader that no probe can be drawn from is a warning only, and it stands
+            aside where the user has a ``SharpnessCallback``.
     """
 
     def __init__(
@@ -247,7 +248,11 @@ class SharpnessCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        return f"SharpnessCallback[{self.prefix}]"
+        return f"SharpnessCallback[{self.prefix}]{' (automatic)' if self.is_optional else ''}"
+
+    def _stands_aside(self, trainer: Any) -> bool:
+        given = [one for one in trainer.callbacks if isinstance(one, SharpnessCallback) and not one.is_optional]
+        return self.is_optional and bool(given)
 
     @property
     def last(self) -> Measurement | None:
@@ -258,6 +263,8 @@ class SharpnessCallback(Callback):
         _check_trainer(self, trainer, steps=False)
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        if self._stands_aside(trainer):
+            return
         if self._saved is None and trainer.global_step and self.monitor is not None:
             self._saved = self.state_dict()  # fit goes on where another fit of this trainer ended
         self._groups.begin(trainer)
@@ -281,7 +288,7 @@ class SharpnessCallback(Callback):
             self._measure_if_due(trainer, _epoch_after(trainer, batch_idx))
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
+        if trainer.state.fn == TrainerFn.VALIDATING and not self._stands_aside(trainer):
             with torch.inference_mode(False):  # around the loader, too: inference tensors have no backward
                 monitor = self._monitor(trainer, pl_module, trainer.val_dataloaders)
                 progress = Progress(trainer.global_step, round(self._groups.samples), None, 0, 0)
