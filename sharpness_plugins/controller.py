@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -203,8 +204,8 @@ class BatchController:
         self._owed = 0.0  # samples that the scheduler was not told of, as no step was taken on them
         self._coupling = LearningRateCoupling(optimizer, rule)
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(_weakly(self._before_step)),
+            optimizer.register_step_post_hook(_weakly(self._after_step)),
         ]
 
     def _rule(self, asked: str) -> CouplingRule:
@@ -592,6 +593,17 @@ class BatchController:
         self._mark = state["loader"]
         self._loader = self._source = None  # batches() binds anew, at the saved position
         self._seen, self._is_whole, self.at_step, self._asked_at = 0.0, False, False, None
+
+
+def _weakly(method: Callable[[Optimizer, Any, Any], None]) -> Callable[[Optimizer, Any, Any], None]:
+    """A hook that does not keep its owner: in a cycle of references, persistent workers take 5 s each to end."""
+    held = weakref.WeakMethod(method)
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if (owner := held()) is not None:
+            owner(optimizer, args, kwargs)
+
+    return hook
 
 
 def _not_negative(name: str, number: float) -> float:
