@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import mmap
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -90,7 +91,8 @@ def test_ratios_are_medians_of_neighbours():
 
 def test_memory_that_is_held_for_a_while_is_seen():
     def work():
-        held = torch.ones(40 * 2**18)  # 40 MiB
+        fresh = mmap.mmap(-1, 40 * 2**20)  # malloc would give what other tests have freed
+        held = torch.frombuffer(fresh, dtype=torch.float32)
         for _ in range(40):
             held.mul_(1.0)
         return [1.0], 3
