@@ -22,7 +22,7 @@ from . import distributed, registry
 from .errors import LoaderError, PluginWarning
 from .measure import Metrics, measure_sharpness, resolve_metrics
 from .noise_scale import SIGNALS, NoiseScaleMeter
-from .pacing import Budget, Pace
+from .pacing import FIRST_GUESS, Budget, Pace, gradients_of
 from .probe import num_probe_samples
 from .report import Kind, SharpnessReport
 from .schedules import Progress, Signal
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CSVSink", "JSONLSink", "Measurement", "SharpnessMonitor", "Sink", "gradient_norm"]
 
-FIRST_GUESS = 50  # gradients over the probe that a metric is taken to cost before the first measurement
 HISTORY_KEPT = 200  # measurements in a checkpoint; sinks have all
-GRADIENTS = {"values": 1 / 3, "gradients": 1.0, "hvps": 2.0}  # what each evaluation costs, in gradients
 
 
 @dataclass(frozen=True)
@@ -348,7 +346,7 @@ class SharpnessMonitor:
             if registry.is_strict():
                 raise
             return replace(empty, notes={"probe": f"{type(error).__name__}: {error}"}), None
-        work = sum(GRADIENTS[what] * getattr(report.cost, what) for what in GRADIENTS)
+        work = gradients_of(report.cost)
         return _from_report(report, progress), work * report.provenance["num_samples"]
 
     def _with_signals(self, made: Measurement) -> Measurement:

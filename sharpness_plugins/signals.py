@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from . import registry
 from .errors import PluginWarning, UnknownNameError, did_you_mean
 from .measure import measure_sharpness
-from .pacing import Budget, Pace
+from .pacing import FIRST_GUESS, Budget, Pace, gradients_of
 from .probe import num_probe_samples
 from .registry import Metric
 from .report import Kind
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from .noise_scale import NoiseScaleMeter
 
 __all__ = ["MeterSignal", "MetricSignal", "SignalBook", "SignalContext", "SignalSource", "find_signal"]
-
-FIRST_GUESS = 50  # gradients over the probe that an unmeasured signal is taken to cost: HessianTopK's 20 products are 40
-VALUE, PRODUCT = 1 / 3, 2.0  # cost of a loss and of a Hessian-vector product, in gradients
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class MetricSignal:
         )
         (result,) = report.results.values()
         cost = result.cost
-        work = 0.0 if cost is None else VALUE * cost.values + cost.gradients + PRODUCT * cost.hvps
+        work = 0.0 if cost is None else gradients_of(cost)
         unknown = result.status.kind in (Kind.FAILED, Kind.NOT_CONVERGED) or not math.isfinite(result.value)
         return Signal(
             None if unknown else result.value,
