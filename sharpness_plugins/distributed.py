@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed
 from torch import Tensor
 
-__all__ = ["from_rank_zero", "on_every_rank", "rank", "sum_of", "sum_over_ranks", "world_size"]
+__all__ = [
+    "from_rank_zero",
+    "local_part",
+    "on_every_rank",
+    "rank",
+    "shard_groups",
+    "sum_of",
+    "sum_over_ranks",
+    "sum_over_shards",
+    "world_size",
+]
 
 
 def _is_running() -> bool:
@@ -40,6 +51,37 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     torch.distributed.all_reduce(total)
     return total
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a ``DTensor``, in the same memory; any other tensor itself."""
+    return tensor.to_local() if _is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def shard_groups(tensor: Tensor) -> tuple[Any, ...]:
+    """The process groups over which a ``DTensor`` is cut in pieces; none for any other tensor.
+
+    Raises:
+        ValueError: its pieces are not parts, but terms of a sum.
+    """
+    if not _is_distributed(tensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(f"a tensor is the sum of what its ranks hold ({placements}): redistribute it first")
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if placement.is_shard())
+
+
+def sum_over_shards(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
+    """The sum over all pieces, by one collective for each group; ``tensor`` itself stays."""
+    total = tensor.clone() if groups else tensor
+    for group in groups:
+        torch.distributed.all_reduce(total, group=group)
+    return total
+
+
+def _is_distributed(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def sum_of(number: float) -> float:

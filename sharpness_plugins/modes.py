@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import sampling
+from .interrupts import surely
 
 __all__ = ["evaluation", "has_batch_norm", "second_derivatives"]
 
@@ -44,7 +45,7 @@ def evaluation(
                 _enter(stack, tree, device, batch_statistics=batch_statistics)
                 yield
         finally:
-            _surely(lambda: [restore() for restore in restores])
+            surely(lambda: [restore() for restore in restores])
 
 
 def _enter(stack: contextlib.ExitStack, tree: list[nn.Module], device: torch.device, *, batch_statistics: bool) -> None:
@@ -98,19 +99,6 @@ def second_derivatives(module: nn.Module) -> Iterator[None]:
 def has_batch_norm(module: nn.Module, *, without_running_statistics: bool = False) -> bool:
     found = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     return any(m.running_mean is None for m in found) if without_running_statistics else bool(found)
-
-
-def _surely(restore: Callable[[], object]) -> None:
-    """Run ``restore`` to its end, again if Ctrl-C falls into it, and only then let that out."""
-    interrupt: KeyboardInterrupt | None = None
-    while True:
-        try:
-            restore()
-            break
-        except KeyboardInterrupt as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
 
 
 def _module_state(tree: list[nn.Module]) -> Callable[[], None]:
@@ -177,7 +165,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
     with contextlib.ExitStack() as stack:
-        stack.callback(_surely, restore)
+        stack.callback(surely, restore)
         setattr(owner, name, value)
         yield
 

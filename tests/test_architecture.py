@@ -17,6 +17,7 @@ ADAPTERS = PACKAGE.parent / "adapters" / "sharpness_adapters"
 LAYERS = {
     "distributed": 0,
     "errors": 0,
+    "interrupts": 0,
     "memory": 0,
     "progress": 0,
     "report": 0,
@@ -90,7 +91,7 @@ SAME_LAYER = {  # who may import whom beside itself; everything else in a layer 
     "registry": {"plugin_loading", "specs"},
     "builtin": {"signals"},
     "metrics": {"registry"},
-    "optimizers": {"kernels"},
+    "optimizers": {"accumulation", "batches", "kernels"},
     "pacing": {"schedules"},
     "monitor": {"measure"},
     "probe": {"batches"},
