@@ -63,6 +63,7 @@ LAYERS = {
     "monitor": 4,
     "signals": 4,
     "controller": 4,
+    "create": 4,
     "plots": 5,
     "experiments": 5,
     "cli": 5,

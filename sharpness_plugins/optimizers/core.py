@@ -68,12 +68,12 @@ class SharpnessAware(Optimizer):
             with ascent:
                 replay_the_passes_of_this_step()
 
-    What the rule remembers, and the counters, move on when ``base`` has stepped, and stay where a ``GradScaler`` left the step
-    out. ``sharp.next_ascents`` says before a step whether its passes need to be kept for a replay at all.
+    What the rule remembers, and the counters, move on when ``base`` has stepped, and stay where a ``GradScaler`` left the
+    step out. ``sharp.next_ascents`` says before a step whether its passes need to be kept for a replay at all.
 
-    Micro-batches: ``step([closure, closure, ...])`` adds their gradients up, with one ascent for all; with ``m``, each has its
-    own, and a ``BatchClosure`` is cut into parts of ``m`` samples first, so that m depends neither on the batch nor on the
-    number of ranks.
+    Micro-batches: ``step([closure, closure, ...])`` adds their gradients up, with one ascent for all; with ``m``, each has
+    its own, and a ``BatchClosure`` is cut into parts of ``m`` samples first, so that m depends neither on the batch nor on
+    the number of ranks.
 
     A step whose gradients, first or last, are not finite is left out: the weights stay, ``num_skipped`` grows. Under a
     ``GradScaler`` that is the scaler's task, which finds the overflow of either pass in ``.grad``.
@@ -92,8 +92,8 @@ class SharpnessAware(Optimizer):
         replay_rng: passes of a step draw the same random numbers (dropout masks) as its first one. By hand, call
             ``remember_rng()`` before the first pass.
         process_group: of ranks that hold different parameters each. Not needed for ``DTensor``, whose mesh tells.
-        scaler: a ``GradScaler``. ``step(closure)`` then steps through it (``scaler.update()`` remains yours). Rules that keep
-            gradients out of its sight need it in any case (``FSAM``, ``WSAM``).
+        scaler: a ``GradScaler``. ``step(closure)`` then steps through it (``scaler.update()`` remains yours). Rules that
+            keep gradients out of its sight need it in any case (``FSAM``, ``WSAM``).
         seed: of rules that draw.
     Attributes:
         num_steps: steps taken.
@@ -322,7 +322,7 @@ class SharpnessAware(Optimizer):
             )
         skipped = self.num_skipped
         if closure is not None and self._scaler is not None and self._scaler.is_enabled():
-            self._scaler.step(self.base)
+            self._scaler.step(_Unscaled(self.base))
             self.num_skipped += self._pending is not None and self.num_skipped == skipped
         elif self._is_finite():
             self.base.step()
@@ -374,8 +374,8 @@ class SharpnessAware(Optimizer):
         """
         if (self.rule.ascents, self.rule.every, self.interval) != (1, 1, 1):
             raise ValueError(
-                f"{self.rule!r} with interval={self.interval} does not make one ascent in each step, and a with-block cannot "
-                f"be left out or repeated. Write\n{FORMS}"
+                f"{self.rule!r} with interval={self.interval} does not make one ascent in each step, and a with-block "
+                f"cannot be left out or repeated. Write\n{FORMS}"
             )
         ascents = self.ascents(scale=scale)
         with next(ascents) as ascent:
@@ -389,10 +389,11 @@ class SharpnessAware(Optimizer):
 
         Args:
             scale: what the losses of this step are multiplied with; None for what the ``scaler`` says, or 1.
-            evaluated: whether a pass over the data came before, so that buffers have seen it; None for whether the rule needs
-                one. Adapters of trainers that have always made one say True.
+            evaluated: whether a pass over the data came before, so that buffers have seen it; None for whether the rule
+                needs one. Adapters of trainers that have always made one say True.
         Raises:
-            ValueError: ``m`` is set, for which each part needs its own first pass; ``replay_rng`` without ``remember_rng()``.
+            ValueError: ``m`` is set, for which each part needs its own first pass; ``replay_rng`` without
+                ``remember_rng()``.
             RuntimeError: one of them was not entered.
         """
         if self.m is not None:
@@ -560,6 +561,17 @@ class SharpnessAware(Optimizer):
 
     def _devices(self) -> list[torch.device]:
         return list(dict.fromkeys(local(parameter).device for parameter in self._parameters()))
+
+
+class _Unscaled:
+    """An optimizer as a ``GradScaler`` sees it that unscales ``.grad`` and leaves steps out by itself.
+
+    Fused optimizers do that in their kernel, and the momentum of torch's fused SGD is whatever was in memory when its first
+    step is left out (torch 2.14).
+    """
+
+    def __init__(self, base: Optimizer) -> None:
+        self.param_groups, self.step = base.param_groups, base.step
 
 
 def _total(losses: Sequence[Any]) -> Any:
