@@ -87,8 +87,9 @@ class SharpnessAware(Optimizer):
         interval: an ascent in each so-many-th step only; the others are those of ``base``.
         model: its buffers are put back after each pass but the first; None for all modules that hold one of the parameters.
         perturb: ``"global"``: all ranks ascend along the same gradient; ``"local"``: each along its own, which saves an
-            all-reduce. Under ``DistributedDataParallel`` closures are evaluated accordingly; by hand, the first pass of a
-            local ascent is made under ``no_sync``.
+            all-reduce for rules that use no first gradient but for the ascent, and makes what ``FSAM`` remembers differ
+            between ranks. Under ``DistributedDataParallel`` closures are evaluated accordingly; by hand, the first pass of
+            a local ascent is made under ``no_sync``.
         replay_rng: passes of a step draw the same random numbers (dropout masks) as its first one. By hand, call
             ``remember_rng()`` before the first pass.
         process_group: of ranks that hold different parameters each. Not needed for ``DTensor``, whose mesh tells.
@@ -447,6 +448,12 @@ class SharpnessAware(Optimizer):
         parameters = self._parameters()
         radii = self._radii()
         device = local(parameters[0]).device if parameters else torch.device("cpu")
+        if self.perturb == "local" and self._are_sharded:
+            raise ValueError(
+                'perturb="local" needs the gradient of one rank, and parameters that are sharded have the mean over all ranks '
+                'only. Use perturb="global"'
+            )
+        replicated: list[Any] = [one for one in self._modules.holding(parameters) if hasattr(one, "no_sync")]
         return Making(
             rule=self.rule,
             parameters=parameters,
@@ -459,7 +466,8 @@ class SharpnessAware(Optimizer):
             undo=lambda: buffers_of(self._modules.holding(parameters)),
             rewind=None,
             group=self._group,
-            is_local=self._is_local and distributed.world_size() > 1,
+            is_local=bool(distributed.world_size() > 1 and (self.perturb == "local" or (self.m and replicated))),
+            replicas=replicated[0].process_group if replicated else None,
         )
 
     def _finish(self, making: Making) -> None:
@@ -472,6 +480,7 @@ class SharpnessAware(Optimizer):
     def _evaluate(self, making: Making, parts: list[list[Closure]]) -> Any:
         """All passes of a step; the gradients of the last ascents add up in ``.grad``."""
         count, first, second = self.next_ascents, [], []
+        exchanges = self._are_sharded or not self._is_local  # sharded parameters have no gradient before
         for number, part in enumerate(parts, 1):
             is_last = number == len(parts)
             made = {parameter: parameter.grad for parameter in making.parameters}
@@ -481,14 +490,14 @@ class SharpnessAware(Optimizer):
             if self.rule.needs_gradient or not count:
                 for parameter in making.parameters:
                     parameter.grad = None
-                first += self._pass(part, exchanges=is_last if not count else not self._is_local)
+                first += self._pass(part, exchanges=exchanges if count else is_last)
                 making.evaluated = True
             else:
                 making.evaluated = False
             for ascent in range(count):
                 ends = ascent + 1 == count
                 with making.ascent(ascent, made if ends else None):
-                    losses = self._pass(part, exchanges=is_last if ends else not self._is_local)
+                    losses = self._pass(part, exchanges=is_last or self._are_sharded if ends else exchanges)
                 second += losses if ends else []
         self._rewind = None
         if first and second and None not in (*first, *second):
@@ -536,6 +545,10 @@ class SharpnessAware(Optimizer):
     def _is_local(self) -> bool:
         return self.perturb == "local" or self.m is not None
 
+    @property
+    def _are_sharded(self) -> bool:
+        return any(distributed.shard_groups(parameter) for parameter in self._parameters())
+
     def _parameters(self, *, all_of_them: bool = False) -> list[Tensor]:
         found = dict.fromkeys(parameter for group in self.param_groups for parameter in group["params"])
         return [parameter for parameter in found if all_of_them or parameter.requires_grad]
@@ -555,7 +568,7 @@ class SharpnessAware(Optimizer):
         return found if isinstance(found, Tensor) else None
 
     def _noise(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        shared = any(distributed.shard_groups(parameter) for parameter in self._parameters()) or self._group is not None
+        shared = self._are_sharded or self._group is not None
         generator = sampling.generator_for(self.seed, "ascent", self.num_steps, distributed.rank() if shared else 0)
         return [sampling.normal(weight.numel(), generator, weight).view(weight.shape) for weight in weights]
 

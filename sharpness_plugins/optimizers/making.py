@@ -50,6 +50,7 @@ class Making:
         rewind: puts random states back to where the first pass began, before each further one.
         group: process group of ranks that hold different parameters.
         is_local: first gradients differ between ranks that take the same step.
+        replicas: process group of those; None for all.
         evaluated: whether a pass over the data came before the first ascent.
     """
 
@@ -65,6 +66,7 @@ class Making:
     rewind: Callable[[], None] | None
     group: Any
     is_local: bool
+    replicas: Any = None
     evaluated: bool = True
     first: dict[Tensor, Tensor] = field(default_factory=dict)
     points: dict[Tensor, Tensor] = field(default_factory=dict)
@@ -127,14 +129,17 @@ class Making:
                 self._combine(second)
             if self.overflowed is not None:
                 if self.is_local:
-                    self.overflowed = distributed.sum_over_ranks(self.overflowed.double()) > 0
+                    self.overflowed = distributed.sum_over_ranks(self.overflowed.double(), self.replicas) > 0
                 poison([local(p.grad) for p in self.parameters if p.grad is not None], self.overflowed)
         self.first.clear()
         self.points.clear()
 
     def _combine(self, second: dict[Tensor, Tensor]) -> None:
         ascended = self.norm is not None
-        first = self.first if ascended else second
+        first: Gradients = self.first if ascended else second
+        if self.is_local and ascended and self.rule.needs_gradient:  # the second ones are means already
+            own = [_or_zeros(first, parameter) for parameter in self.parameters]
+            first = dict(zip(self.parameters, distributed.mean_over_ranks(own, self.replicas), strict=True))
         both = [p for p in self.parameters if p in first or p in second]
         gradients = [_or_zeros(first, p) for p in both] if first or not ascended else []
         step = self.step(both, gradients, [_or_zeros(second, p) for p in both] if ascended else None)
@@ -207,8 +212,8 @@ class Uphill:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         making = self._making
-        if kind is None and self._number + 1 < making.rule.ascents:
-            making.points = {parameter: local(parameter).clone() for parameter in self._backups}
+        goes_on = kind is None and self._number + 1 < making.rule.ascents
+        making.points = {parameter: local(parameter).clone() for parameter in self._backups} if goes_on else {}
         surely(self._restore)
         if kind is not None:
             for parameter, gradient in zip(making.parameters, self._before, strict=True):
