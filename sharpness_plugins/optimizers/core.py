@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 
 from .. import distributed, sampling
 from ..accumulation import synchronized
+from .around import OptimizerAround
 from .buffers import Modules, buffers_of
 from .closures import BatchClosure, Closure
 from .making import Ascent, Making, State, Uphill
@@ -24,7 +24,6 @@ from .tensors import Sums, local
 __all__ = ["SharpnessAware"]
 
 VERSION = 1
-KEY = "sharpness_aware"
 FORMS = """\
     optimizer.step(closure)                # closure: loss = loss_fn(model, batch); loss.backward(); return loss
 or
@@ -35,7 +34,7 @@ or
     optimizer.step()"""
 
 
-class SharpnessAware(Optimizer):
+class SharpnessAware(OptimizerAround):
     """``base`` with the gradient that ``rule`` makes: SAM and its relatives around any first-order optimizer of torch.
 
     Parameter groups and state *are* those of ``base``, so learning-rate schedulers work on either. With a closure::
@@ -107,6 +106,8 @@ class SharpnessAware(Optimizer):
         TypeError, ValueError: settings that do not fit together.
     """
 
+    _left_out = ("_modules", "_pending", "_rewind", "_scaler", "_group")
+
     def __init__(
         self,
         base: Optimizer,
@@ -123,7 +124,7 @@ class SharpnessAware(Optimizer):
         seed: int = 0,
     ) -> None:
         _check(base, rule, m, interval, perturb)
-        self.base, self.rule, self.m, self.interval = base, rule, m, interval
+        self.rule, self.m, self.interval = rule, m, interval
         self.perturb, self.replay_rng, self.seed = perturb, replay_rng, seed
         self.num_steps = self.num_skipped = 0
         self._rho: Rho = rule.default_rho if rho is None else rho
@@ -131,22 +132,18 @@ class SharpnessAware(Optimizer):
         self._state: State = {}
         self._gap: Any = None
         self._norm: Tensor | None = None
-        self._attach(model)
+        self._is_evaluating = False
+        super().__init__(base)
+        self._modules = Modules(model)
         self._complete_groups()
 
-    def _attach(self, model: nn.Module | None = None) -> None:
-        """What neither ``pickle`` nor ``deepcopy`` takes along."""
-        Optimizer.__setstate__(self, {})
-        self._modules = Modules(model)
+    def _attach(self) -> None:
+        super()._attach()
+        vars(self).setdefault("_scaler", None)
+        vars(self).setdefault("_group", None)
+        self._modules = Modules(None)
         self._pending: Making | None = None
         self._rewind: Callable[[], None] | None = None
-        me = weakref.ref(self)
-
-        def stepped(base: Optimizer, args: Any, kwargs: Any) -> None:
-            if (optimizer := me()) is not None:
-                optimizer._base_stepped()
-
-        self.base.register_step_post_hook(stepped)
 
     def _complete_groups(self) -> None:
         for group in self.param_groups:
@@ -155,42 +152,20 @@ class SharpnessAware(Optimizer):
                 group["rho_is_own"] = False
             group.setdefault("rho_is_own", True)
 
-    # --- an optimizer like any other
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Those of ``base``, with ``"rho"``."""
-        return self.base.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """That of ``base``."""
-        return self.base.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """Those of ``base``."""
-        return self.base.defaults
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self.base.add_param_group(param_group)
+        super().add_param_group(param_group)
         self._complete_groups()
         self._modules.forget()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._pending = None
-        self.base.zero_grad(set_to_none)
+        """Give up the step in the making, too. Nothing in a closure that ``step`` evaluates: gradients may add up there."""
+        if not self._is_evaluating:
+            self._pending = None
+            super().zero_grad(set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of ``base``, and under ``"sharpness_aware"`` that of the rule; loads with ``weights_only=True``.
-
-        ``base`` alone loads it, too. Of a schedule of ρ given as a function it holds the current values only.
-        """
-        for hook in list(self._optimizer_state_dict_pre_hooks.values()):
-            hook(self)
+    def _own_state(self) -> dict[str, Any]:
         numbers = {parameter: number for number, parameter in enumerate(self._parameters(all_of_them=True))}
-        saved = self.base.state_dict()
-        saved[KEY] = {
+        return {
             "version": VERSION,
             "rule": type(self.rule).__name__,
             "settings": repr(self.rule),
@@ -201,53 +176,26 @@ class SharpnessAware(Optimizer):
                 for name, tensors in self._state.items()
             },
         }
-        for post in list(self._optimizer_state_dict_post_hooks.values()):
-            saved = post(self, saved) or saved
-        return saved
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was saved: bit for bit, in the same place of a plan.
+    def _check_own_state(self, own: Mapping[str, Any]) -> None:
+        if own["version"] > VERSION:
+            raise ValueError(f"the state has version {own['version']}, and this package reads {VERSION}: update it")
+        if own["rule"] != type(self.rule).__name__:
+            raise ValueError(f"the state is of {own['settings']}, and this optimizer has {self.rule!r}")
 
-        A state of ``base`` alone is taken, too: the rule begins anew then.
-
-        Raises:
-            ValueError: it is of another rule, or of a later version.
-        """
-        given = dict(state_dict)
-        for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
-            given = hook(self, given) or given
-        own = given.pop(KEY, None)
-        if own is not None:
-            if own["version"] > VERSION:
-                raise ValueError(
-                    f"the state has version {own['version']}, and this package knows up to {VERSION}: update it"
-                )
-            if own["rule"] != type(self.rule).__name__:
-                raise ValueError(f"the state is of {own['settings']}, and this optimizer has {self.rule!r}")
-        self.base.load_state_dict(given)
+    def _load_own_state(self, own: Mapping[str, Any] | None) -> None:
         self._complete_groups()
-        self._pending, self._rewind = None, None
+        self._pending = self._rewind = None
         self._state, self.num_steps, self.num_skipped = {}, 0, 0
-        if own is not None:
-            self.num_steps, self.num_skipped = own["num_steps"], own["num_skipped"]
-            parameters = self._parameters(all_of_them=True)
-            for name, tensors in own["state"].items():
-                self._state[name] = {
-                    parameters[number]: tensor.detach().to(local(parameters[number]).device, copy=True)
-                    for number, tensor in tensors.items()
-                }
-        for post in list(self._optimizer_load_state_dict_post_hooks.values()):
-            post(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_modules", "_pending", "_rewind", "_scaler", "_group", "step")
-        kept = {name: value for name, value in vars(self).items() if name not in left_out}
-        return {name: value for name, value in kept.items() if not name.startswith(("_optimizer_", "_zero_grad", "_warned"))}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._scaler = self._group = None
-        self._attach()
+        if own is None:
+            return
+        self.num_steps, self.num_skipped = own["num_steps"], own["num_skipped"]
+        parameters = self._parameters(all_of_them=True)
+        for name, tensors in own["state"].items():
+            self._state[name] = {
+                parameters[number]: tensor.detach().to(local(parameters[number]).device, copy=True)
+                for number, tensor in tensors.items()
+            }
 
     def __repr__(self) -> str:
         settings = "".join(
@@ -295,17 +243,12 @@ class SharpnessAware(Optimizer):
         Raises:
             RuntimeError: without a closure, and without an ascent before it.
         """
-        # torch's own wrapper of step() would run global hooks here, too, and base's does
-        for hook in list(self._optimizer_step_pre_hooks.values()):
-            if (changed := hook(self, (self, closure), {})) is not None:
-                args, kwargs = changed
-                closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        closure = self._before_step(closure)
         loss = self._step(closure)
-        for post in list(self._optimizer_step_post_hooks.values()):
-            post(self, (self, closure), {})
+        self._after_step(closure)
         return loss
 
-    step.hooked = True  # type: ignore[attr-defined]
+    step.hooked = True  # type: ignore[attr-defined]  # by _before_step and _after_step
 
     def _step(self, closure: Closure | Sequence[Closure] | None) -> Any:
         loss = None if closure is None else self.gradient(closure)
@@ -450,10 +393,10 @@ class SharpnessAware(Optimizer):
         device = local(parameters[0]).device if parameters else torch.device("cpu")
         if self.perturb == "local" and self._are_sharded:
             raise ValueError(
-                'perturb="local" needs the gradient of one rank, and parameters that are sharded have the mean over all ranks '
-                'only. Use perturb="global"'
+                'perturb="local" needs the gradient of one rank, and parameters that are sharded have the mean over all '
+                'ranks only. Use perturb="global"'
             )
-        replicated: list[Any] = [one for one in self._modules.holding(parameters) if hasattr(one, "no_sync")]
+        replicated = self._replicated
         return Making(
             rule=self.rule,
             parameters=parameters,
@@ -467,7 +410,7 @@ class SharpnessAware(Optimizer):
             rewind=None,
             group=self._group,
             is_local=bool(distributed.world_size() > 1 and (self.perturb == "local" or (self.m and replicated))),
-            replicas=replicated[0].process_group if replicated else None,
+            replicas=getattr(replicated[0], "process_group", None) if replicated else None,
         )
 
     def _finish(self, making: Making) -> None:
@@ -544,6 +487,11 @@ class SharpnessAware(Optimizer):
     @property
     def _is_local(self) -> bool:
         return self.perturb == "local" or self.m is not None
+
+    @property
+    def _replicated(self) -> list[nn.Module]:
+        """Modules whose gradients are averaged over ranks, and which can be told not to."""
+        return [module for module in self._modules.holding(self._parameters()) if hasattr(module, "no_sync")]
 
     @property
     def _are_sharded(self) -> bool:
