@@ -21,6 +21,7 @@ class OptimizerAround(Optimizer):
     """
 
     _left_out: tuple[str, ...] = ()
+    _group_keys: tuple[str, ...] = ()  # that it adds to groups
 
     def __init__(self, base: Optimizer) -> None:
         self.base = base
@@ -95,7 +96,11 @@ class OptimizerAround(Optimizer):
         own = given.pop(KEY, None)
         if own is not None:
             self._check_own_state(own)
+        added = [{key: group[key] for key in self._group_keys} for group in self.param_groups]
         self.base.load_state_dict(given)
+        for group, keys in zip(self.param_groups, added, strict=True):
+            for key, value in keys.items():
+                group.setdefault(key, value)
         self._load_own_state(own)
         for post in list(self._optimizer_load_state_dict_post_hooks.values()):
             post(self)

@@ -44,6 +44,8 @@ class Making:
 
     Attributes:
         parameters: all that require gradients, each once.
+        norms: of the ascents so far, and of what is subtracted past the base optimizer; where one is not finite, ``.grad``
+            is made to say so.
         radii: ρ of each.
         state: of the rule, a copy that becomes the rule's when the step is taken.
         undo: makes a function that puts back what a pass changes beside gradients; called before each pass but the first.
@@ -52,6 +54,7 @@ class Making:
         is_local: first gradients differ between ranks that take the same step.
         replicas: process group of those; None for all.
         evaluated: whether a pass over the data came before the first ascent.
+        returns: whether an exception in an ascent puts the gradients back that it began with.
     """
 
     rule: Rule
@@ -68,10 +71,10 @@ class Making:
     is_local: bool
     replicas: Any = None
     evaluated: bool = True
+    returns: bool = True
     first: dict[Tensor, Tensor] = field(default_factory=dict)
     points: dict[Tensor, Tensor] = field(default_factory=dict)
-    norm: Tensor | None = None
-    overflowed: Tensor | None = None
+    norms: list[Tensor] = field(default_factory=list)
     decoupled: dict[Tensor, Tensor] = field(default_factory=dict)
     surrogate_gap: Any = None
 
@@ -127,15 +130,18 @@ class Making:
         with torch.no_grad():
             if self.combines and not plain:
                 self._combine(second)
-            if self.overflowed is not None:
+            if self.norms:
+                lost = (
+                    self.norms[0] if len(self.norms) == 1 else torch.stack([n.to(self.norms[0]) for n in self.norms]).sum()
+                )
                 if self.is_local:
-                    self.overflowed = distributed.sum_over_ranks(self.overflowed.double(), self.replicas) > 0
-                poison([local(p.grad) for p in self.parameters if p.grad is not None], self.overflowed)
+                    lost = distributed.sum_over_ranks(lost, self.replicas)
+                poison([local(p.grad) for p in self.parameters if p.grad is not None], lost)
         self.first.clear()
         self.points.clear()
 
     def _combine(self, second: dict[Tensor, Tensor]) -> None:
-        ascended = self.norm is not None
+        ascended = bool(self.norms)
         first: Gradients = self.first if ascended else second
         if self.is_local and ascended and self.rule.needs_gradient:  # the second ones are means already
             own = [_or_zeros(first, parameter) for parameter in self.parameters]
@@ -148,12 +154,13 @@ class Making:
         self.keep(step, before, both)
         if isinstance(made, Descent):
             self.decoupled = dict(zip(both, made.decoupled, strict=True))
-            lost = ~torch.isfinite(step.norm(made.decoupled))  # out of sight of who looks at .grad
-            self.overflowed = lost if self.overflowed is None else self.overflowed | lost.to(self.overflowed.device)
+            self.norms.append(step.norm(made.decoupled))  # out of sight of who looks at .grad
             made = made.gradients
         for parameter, gradient in zip(both, made, strict=True):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad.is_conj():
+                parameter.grad = parameter.grad.resolve_conj()
             target = local(parameter.grad)
             if second.get(parameter) is not gradient:
                 target.copy_(gradient)
@@ -195,12 +202,10 @@ class Uphill:
     @torch.no_grad()
     def __enter__(self) -> Ascent:
         making = self._making
-        self._before = [parameter.grad for parameter in making.parameters]
+        self._before = [parameter.grad for parameter in making.parameters] if making.returns else []
         self._undo = making.undo() if making.evaluated else _nothing
         norm = self._climb()
-        overflowed = ~torch.isfinite(norm)
-        making.norm = norm
-        making.overflowed = overflowed if making.overflowed is None else making.overflowed | overflowed.to(norm.device)
+        making.norms.append(norm.to(local(making.parameters[0]).device) if making.parameters else norm)
         for parameter in making.parameters:
             parameter.grad = self._into.get(parameter)
         if making.rewind is not None:
@@ -215,7 +220,7 @@ class Uphill:
         goes_on = kind is None and self._number + 1 < making.rule.ascents
         making.points = {parameter: local(parameter).clone() for parameter in self._backups} if goes_on else {}
         surely(self._restore)
-        if kind is not None:
+        if kind is not None and making.returns:
             for parameter, gradient in zip(making.parameters, self._before, strict=True):
                 parameter.grad = gradient
         self.was_left = kind is None
