@@ -785,7 +785,7 @@ def test_a_hook_may_give_another_closure():
     assert torch.equal(flat(model.parameters()), flat(twin.parameters()))
 
 
-@rules
+@pytest.mark.parametrize("rule", [SAM(), WSAM(), FSAM(), LookSAM(k=3)], ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
 def test_a_copy_goes_on_alike_and_by_itself(rule, duplicate):
     model = normed(spectral=False)  # which torch does not pickle

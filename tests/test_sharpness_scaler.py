@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 from torch.nn import functional
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adam
 
 from sharpness_plugins.optimizers import (
     ASAM,
@@ -28,7 +28,6 @@ BASES = {
     "sgd": lambda p: SGD(p, lr=0.1, momentum=0.9),
     "fused_adam": lambda p: Adam(p, lr=0.01, fused=True),
     "fused_sgd": lambda p: SGD(p, lr=0.1, momentum=0.9, fused=True),
-    "adamw": lambda p: AdamW(p, lr=0.01),
 }
 bases = pytest.mark.parametrize("base", BASES)
 

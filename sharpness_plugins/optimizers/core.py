@@ -423,7 +423,7 @@ class SharpnessAware(OptimizerAround):
             scale=self._scale(scale),
             momentum=self._momentum,
             noise=self._noise,
-            undo=lambda: buffers_of(self._modules.holding(parameters)),
+            undo=lambda: buffers_of(self._modules.roots(parameters)),
             rewind=None,
             group=self._group,
             is_local=bool(distributed.world_size() > 1 and (self.perturb == "local" or (self.m and replicated))),
@@ -474,7 +474,7 @@ class SharpnessAware(OptimizerAround):
     def _pass(self, closures: Sequence[Closure], *, exchanges: bool) -> list[Any]:
         """Evaluate them; ranks exchange gradients in the last one's backward pass, or not at all."""
         losses = []
-        modules = self._modules.holding(self._parameters())
+        modules = self._modules.exchanging(self._parameters())
         for number, closure in enumerate(closures, 1):
             with ExitStack() as stack:
                 for module in modules:
@@ -524,8 +524,7 @@ class SharpnessAware(OptimizerAround):
 
     @property
     def _replicated(self) -> list[nn.Module]:
-        """Modules whose gradients are averaged over ranks, and which can be told not to."""
-        return [module for module in self._modules.holding(self._parameters()) if hasattr(module, "no_sync")]
+        return [module for module in self._modules.exchanging(self._parameters()) if hasattr(module, "no_sync")]
 
     @property
     def _are_sharded(self) -> bool:

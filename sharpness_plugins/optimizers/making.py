@@ -245,7 +245,10 @@ class Uphill:
         if self._number == 0 and making.combines:
             for parameter, gradient in zip(parameters, gradients, strict=False):
                 known = making.first.get(parameter)
-                making.first[parameter] = gradient if known is None else known + gradient
+                if known is None:  # DistributedDataParallel may keep gradients in memory that the next ones are written to
+                    making.first[parameter] = gradient.clone() if distributed.world_size() > 1 else gradient
+                else:
+                    making.first[parameter] = known + gradient
         before = dict(step.state)
         shape, direction = rule.metric(step), rule.direction(step)
         making.keep(step, before, parameters)
