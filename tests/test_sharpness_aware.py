@@ -403,6 +403,21 @@ def test_t14_an_exception_in_the_closure_restores_weights_and_gradients(rule, er
     assert torch.isfinite(trained_on)
 
 
+@pytest.mark.parametrize("rule", [SAM(), KStepSAM(k=3, step=0.9)], ids=lambda rule: type(rule).__name__)
+def test_t14_a_failure_on_the_way_up_or_down(rule, monkeypatch):
+    """Where neither with nor the closure could help: a random state that cannot be put back, memory that runs out."""
+    model = network()
+    before = flat(model.parameters())
+    for target in ("torch.set_rng_state", "sharpness_plugins.optimizers.making.climb"):
+        optimizer = aware(model, rule, replay_rng=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(target, lambda *args: (_ for _ in ()).throw(MemoryError("out")))
+            with pytest.raises(MemoryError):
+                optimizer.step(Evaluation(model))
+        assert torch.equal(flat(model.parameters()), before)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_t14_by_hand_the_first_gradient_is_back():
     model = network()
     optimizer = aware(model, GSAM())

@@ -204,12 +204,16 @@ class Uphill:
         making = self._making
         self._before = [parameter.grad for parameter in making.parameters] if making.returns else []
         self._undo = making.undo() if making.evaluated else _nothing
-        norm = self._climb()
-        making.norms.append(norm.to(local(making.parameters[0]).device) if making.parameters else norm)
-        for parameter in making.parameters:
-            parameter.grad = self._into.get(parameter)
-        if making.rewind is not None:
-            making.rewind()
+        try:
+            norm = self._climb()
+            making.norms.append(norm.to(local(making.parameters[0]).device) if making.parameters else norm)
+            for parameter in making.parameters:
+                parameter.grad = self._into.get(parameter)
+            if making.rewind is not None:
+                making.rewind()
+        except BaseException:  # __exit__ will not be called
+            self._go_back(restores_gradients=making.returns)
+            raise
         making.evaluated = True
         return Ascent(norm)
 
@@ -217,13 +221,19 @@ class Uphill:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         making = self._making
-        goes_on = kind is None and self._number + 1 < making.rule.ascents
-        making.points = {parameter: local(parameter).clone() for parameter in self._backups} if goes_on else {}
-        surely(self._restore)
-        if kind is not None and making.returns:
-            for parameter, gradient in zip(making.parameters, self._before, strict=True):
-                parameter.grad = gradient
+        making.points = {}
+        try:
+            if kind is None and self._number + 1 < making.rule.ascents:
+                making.points = {parameter: local(parameter).clone() for parameter in self._backups}
+        finally:
+            self._go_back(restores_gradients=kind is not None and making.returns)
         self.was_left = kind is None
+
+    def _go_back(self, *, restores_gradients: bool) -> None:
+        surely(self._restore)
+        if restores_gradients:
+            for parameter, gradient in zip(self._making.parameters, self._before, strict=True):
+                parameter.grad = gradient
         self._before, self._backups = [], {}
 
     @torch.no_grad()
@@ -275,16 +285,12 @@ class Uphill:
         if isinstance(shape, (int, float)):
             shape = [weight.abs() + shape for weight in step.weights]
         self._backups = origins
-        try:
-            for parameter, point in making.points.items():
-                local(parameter).copy_(point)
-            scratch = [torch.empty_like(weight) for weight in step.weights]
-            norm = climb(step.weights, direction, scratch, shape, radii, making.sums(parameters))
-            if rule.stride * rule.ascents > 1 + 1e-9:
-                self._project(moved, {} if shape is None else dict(zip(parameters, shape, strict=True)))
-        except BaseException:
-            surely(lambda: sam.restore_([local(parameter) for parameter in origins], list(origins.values())))
-            raise
+        for parameter, point in making.points.items():
+            local(parameter).copy_(point)
+        scratch = [torch.empty_like(weight) for weight in step.weights]
+        norm = climb(step.weights, direction, scratch, shape, radii, making.sums(parameters))
+        if rule.stride * rule.ascents > 1 + 1e-9:
+            self._project(moved, {} if shape is None else dict(zip(parameters, shape, strict=True)))
         return norm
 
     def _project(self, moved: list[Tensor], shape: Gradients) -> None:
