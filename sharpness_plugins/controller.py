@@ -462,15 +462,19 @@ class BatchController:
         seed: int = distributed.from_rank_zero(sampling.key_for(self._seed, "order", torch.initial_seed()) >> 1)
         return seed
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, scale: float = 1.0) -> None:
         """Backward pass of the micro-batch in hand; ``loss`` is the mean over its samples.
 
         After the last one, ``.grad`` is the gradient of the mean over the whole batch, on all ranks.
+
+        Args:
+            scale: by what ``loss.backward`` will multiply by itself, as the losses of trainers with a ``GradScaler`` of
+                their own do.
         """
         if self._loader is None or (micro_batch := self._loader.micro_batch) is None:
             raise RuntimeError("backward() weighs a batch that batches() gave, and it gave none yet")
         weight = self._accumulation.weight(micro_batch.num_samples, micro_batch.group_samples)
-        scale = 1.0 if self._scaler is None else self._scaler.get_scale()
+        scale = scale if self._scaler is None else self._scaler.get_scale()
         weighted = loss * weight if self._scaler is None else self._scaler.scale(loss * weight)
         meter = self._meter
         with meter.micro_batch(micro_batch.num_samples, weight=weight * scale) if meter is not None else nullcontext():
