@@ -38,7 +38,7 @@ from .signals import SignalBook, SignalContext
 if TYPE_CHECKING:
     from .losses import LossFn
 
-__all__ = ["BatchChange", "BatchController"]
+__all__ = ["BatchChange", "BatchController", "as_schedule"]
 
 SCHEMA = 1
 HISTORY_KEPT = 16  # changes in a checkpoint, without signals, which keeps it below 10 kB; listeners hear of all
@@ -82,6 +82,15 @@ class BatchChange:
     def from_dict(cls, saved: Mapping[str, Any]) -> BatchChange:
         signals = {name: Signal(**signal) for name, signal in saved["signals"].items()}
         return cls(**{**saved, "old": Plan(**saved["old"]), "new": Plan(**saved["new"]), "signals": signals})
+
+
+def as_schedule(schedule: BatchSchedule | str | int) -> BatchSchedule:
+    """The schedule that a text or a number names, with those of plugins; a schedule as it is.
+
+    Raises:
+        ValueError, TypeError: the text is none.
+    """
+    return parse_schedule(schedule, registry.schedule_factories()) if isinstance(schedule, (str, int)) else schedule
 
 
 class BatchController:
@@ -153,7 +162,7 @@ class BatchController:
         on_change: Callable[[BatchChange], None] | Iterable[Callable[[BatchChange], None]] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.schedule = parse_schedule(schedule, registry.schedule_factories()) if isinstance(schedule, str) else schedule
+        self.schedule = as_schedule(schedule)
         self.optimizer = optimizer
         self.history: list[BatchChange] = []
         self.at_step = False

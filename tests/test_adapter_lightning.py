@@ -36,7 +36,7 @@ from sharpness_adapters.lightning import (
 )
 from sharpness_plugins import measure_sharpness
 from sharpness_plugins.controller import BatchController
-from sharpness_plugins.errors import LoaderError, PluginWarning
+from sharpness_plugins.errors import LoaderError, LossRuleError, PluginWarning
 from sharpness_plugins.optimizers import perturbed
 
 pytestmark = [
@@ -211,16 +211,68 @@ def test_the_value_is_that_of_the_training_step_in_eval_mode():
     assert not {"log", "log_dict"} & set(vars(model))
 
 
-def test_the_rule_is_stored_and_logging_is_silent():
-    model = Net()
+def test_a_module_is_measured_by_its_training_step_without_being_told():  # rule 5: by hand, its net alone
+    model, batch = Net(dropout=0.5), dataset().tensors
     model.log = model.log_dict = None  # what a user shadows comes back
-    report = measure_sharpness(model, [dataset().tensors], METRIC.partition(":")[0], loss_fn=training_step_loss)
-    assert "training_step_loss" in json.dumps(report.provenance)
+    wrapped, _ = Fabric(accelerator="cpu").setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    expected = nn.functional.cross_entropy(model.net.eval()(batch[0]), batch[1]).item()
+    model.train()
+    for given in (model, wrapped, torch.compile(model)):
+        report = measure_sharpness(given, [batch], [measuring().metrics["hessian_topk"]])
+        assert report.loss == pytest.approx(expected, rel=1e-6)
+        assert report.provenance["loss_rule"] == "plugin rule training_step_loss"
     assert vars(model)["log"] is None
     del model.log, model.log_dict
-    model.automatic_optimization = False
-    with pytest.raises(TypeError, match="would step the optimizer"):
-        training_step_loss(model, dataset().tensors)
+
+    class ByHand(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("it would step")
+
+    with pytest.raises(LossRuleError, match=r"ByHand optimizes by hand, so .* would step the optimizer\. Pass loss_fn="):
+        measure_sharpness(ByHand(), [batch], "epsilon_box")
+    with pytest.raises(LossRuleError, match="returned no loss"):
+        training_step_loss(type("Silent", (Net,), {"training_step": lambda self, batch: None})(), batch)
+
+
+def test_what_a_training_step_notes_is_trainings_alone():
+    """Metrics that it updates, lists that it appends to, counters: as if neither probe nor second pass had run it."""
+    torchmetrics = pytest.importorskip("torchmetrics", reason="Lightning brings it")
+
+    class Noting(Net):
+        def __init__(self):
+            super().__init__(batch_norm=True)
+            self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=CLASSES)
+            self.mean, self.all = torchmetrics.MeanMetric(), torchmetrics.CatMetric()
+            self.outputs, self.sums, self.calls = [], {"loss": torch.zeros(()), "each": [[]]}, 0
+            self.told = []
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.accuracy(self.net(batch[0]), batch[1])
+            self.mean.update(loss.detach())
+            self.all.update(loss.detach())
+            self.log("accuracy", self.accuracy)
+            self.outputs.append(loss.detach())
+            self.sums["loss"] += loss.detach()
+            self.sums["each"][0].append(batch_idx)
+            self.calls += 1
+            self.last_loss = loss.item()
+            return loss
+
+        def on_train_epoch_end(self):
+            noted = [self.mean.compute(), self.all.compute(), torch.stack(self.outputs), self.sums["loss"]]
+            self.told.append([one.tolist() for one in noted] + [self.calls, list(self.sums["each"][0]), self.last_loss])
+            self.outputs.clear()
+
+    seen = []
+    for callbacks in ([], [measuring(every="1 step")], [SAMCallback(rho=0.0)]):
+        model = Noting()
+        trainer = fit(model, Data(), callbacks)
+        seen.append((model.told, trainer.callback_metrics["accuracy"], model.accuracy._update_count))
+    assert seen[0][0][1][4] == 24
+    assert seen[0] == seen[1] == seen[2]
 
 
 @pytest.mark.parametrize("validation", [False, True])

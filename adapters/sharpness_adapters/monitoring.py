@@ -13,7 +13,9 @@ from sharpness_plugins.monitor import CSVSink, JSONLSink, Measurement, Reading, 
 from sharpness_plugins.pacing import Budget, Pace
 from sharpness_plugins.texts import name_and_settings
 
-from .lightning_plugin import is_lightning_module, training_step_loss
+from .lightning_plugin import is_lightning_module
+from .lightning_step import training_step_loss
+from .sharded import refuse_sharded
 
 __all__ = ["Monitoring", "values_of"]
 
@@ -76,6 +78,7 @@ class Monitoring:
             log: the trainer's own, told after the files and before the user's sinks.
             signals: what the trainer shows by itself; metrics and signals of the user's go before them.
         """
+        refuse_sharded(module, type(self).__name__)
         metrics = resolve_metrics(self.metrics)
         loss_fn = self.loss_fn
         if loss_fn is None and self.criterion is None and is_lightning_module(module):

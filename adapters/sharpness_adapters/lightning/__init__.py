@@ -4,7 +4,7 @@ For ``lightning.pytorch``; the older package ``pytorch_lightning`` has other cla
 """
 
 from ..lightning_auto import auto_callbacks, auto_fabric_callbacks
-from ..lightning_plugin import training_step_loss
+from ..lightning_step import training_step_loss
 from ..lightning_versions import check_lightning
 
 check_lightning(

@@ -14,7 +14,7 @@ from sharpness_plugins import distributed
 from sharpness_plugins.accumulation import synchronized
 from sharpness_plugins.optimizers import perturbed
 
-from ..lightning_plugin import loss_of, silenced, step_arguments
+from ..lightning_step import beside_training, loss_of, step_arguments
 from .sizes import BatchSizeCallback
 from .trainer import check_trainer, scale_of, scaler_of
 
@@ -80,7 +80,7 @@ class SAMCallback(Callback):
             return
         scale = scale_of(trainer)
         settings: dict[str, Any] = {"adaptive": self.adaptive, "eta": self.eta, "module": pl_module}
-        with torch.enable_grad(), silenced(pl_module), perturbed(parameters, self.rho, **settings) as ascent:
+        with torch.enable_grad(), beside_training(pl_module), perturbed(parameters, self.rho, **settings) as ascent:
             self._norm = ascent.norm
             if scaler_of(trainer) is not None and not torch.isfinite(ascent.norm):
                 return  # the scaler has seen it, and skips the step

@@ -13,13 +13,13 @@ from torch.utils.data import BatchSampler, Sampler
 
 from sharpness_plugins import distributed
 from sharpness_plugins.accumulation import Accumulation
-from sharpness_plugins.controller import BatchChange, BatchController
+from sharpness_plugins.controller import BatchChange, BatchController, as_schedule
 from sharpness_plugins.noise_scale import SIGNALS, NoiseScaleMeter
 from sharpness_plugins.schedules import BatchSchedule, Plan, plan
 
-from ..lightning_plugin import training_step_loss
+from ..lightning_step import training_step_loss
 from .probing import transferred_probe
-from .steps import parsed, total_steps
+from .steps import total_steps
 from .trainer import Groups, check_trainer, epoch_after, samples_of, scale_of
 
 __all__ = ["BatchSizeCallback", "SharedBatchSampler"]
@@ -89,7 +89,7 @@ class BatchSizeCallback(Callback):
     ) -> None:
         if mode not in ("auto", "loader", "accumulate"):
             raise ValueError(f"mode is 'auto', 'loader' or 'accumulate', got {mode!r}")
-        self.schedule: BatchSchedule = parsed(schedule)
+        self.schedule: BatchSchedule = as_schedule(schedule)
         self.mode, self.coupling, self.micro_batch = mode, coupling, micro_batch
         self._mode = mode  # what "auto" turns out to be
         self.max_micro_batch, self.multiple = max_micro_batch, multiple

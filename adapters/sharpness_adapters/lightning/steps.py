@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sharpness_plugins import registry
-from sharpness_plugins.schedules import BatchSchedule, Progress, parse_schedule, plan
+from sharpness_plugins.controller import as_schedule
+from sharpness_plugins.schedules import BatchSchedule, Progress, plan
 
-__all__ = ["parsed", "total_steps"]
-
-
-def parsed(schedule: str | int | BatchSchedule) -> BatchSchedule:
-    return parse_schedule(schedule, registry.schedule_factories()) if isinstance(schedule, (str, int)) else schedule
+__all__ = ["total_steps"]
 
 
 def total_steps(
@@ -34,7 +30,7 @@ def total_steps(
     Raises:
         ValueError: the schedule looks at signals, which nobody knows in advance.
     """
-    wanted = parsed(schedule)
+    wanted = as_schedule(schedule)
     if wanted.signals:
         raise ValueError(f"the steps of {wanted!r} depend on {', '.join(wanted.signals)}, which nobody knows in advance")
     limits: dict[str, Any] = {

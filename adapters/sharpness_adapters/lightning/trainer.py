@@ -9,6 +9,9 @@ from lightning.pytorch import Callback, Trainer
 from sharpness_plugins import distributed
 from sharpness_plugins.batches import count_samples
 
+from ..sharded import sentence
+
+SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 __all__ = ["Groups", "check_trainer", "epoch_after", "samples_of", "scale_of", "scaler_of"]
 
 
@@ -23,8 +26,9 @@ def check_trainer(owner: Callback, trainer: Any, *, steps: bool = True) -> None:
         raise ValueError(
             f"{name} needs automatic optimization, and {type(trainer.lightning_module).__name__} steps its optimizers itself"
         )
-    if steps and trainer.strategy.handles_gradient_accumulation:
-        raise ValueError(f"{name} cannot work under {type(trainer.strategy).__name__}, which accumulates gradients itself")
+    for kind in type(trainer.strategy).__mro__:
+        if kind.__name__ in SHARDED:
+            raise ValueError(sentence(type(trainer.strategy).__name__, name))
 
 
 class Groups:
