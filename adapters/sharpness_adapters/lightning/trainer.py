@@ -22,13 +22,13 @@ def check_trainer(owner: Callback, trainer: Any, *, steps: bool = True) -> None:
             f"{name} is a callback of lightning.pytorch.Trainer, and this is a {type(trainer).__module__}.Trainer. Import "
             "Trainer and LightningModule from lightning.pytorch."
         )
+    for kind in type(trainer.strategy).__mro__:
+        if kind.__name__ in SHARDED:
+            raise ValueError(sentence(type(trainer.strategy).__name__, name))
     if steps and not trainer.lightning_module.automatic_optimization:
         raise ValueError(
             f"{name} needs automatic optimization, and {type(trainer.lightning_module).__name__} steps its optimizers itself"
         )
-    for kind in type(trainer.strategy).__mro__:
-        if kind.__name__ in SHARDED:
-            raise ValueError(sentence(type(trainer.strategy).__name__, name))
 
 
 class Groups:
