@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -570,13 +571,20 @@ def get_schedule(name: str, /, **settings: Any) -> BatchSchedule:
 
 
 def schedule_factories() -> dict[str, Callable[..., BatchSchedule]]:
-    """What makes each schedule, by name, for ``schedules.parse_schedule``; nothing is imported before it is called."""
+    """What makes each schedule, by its name and by that of its class, as its ``repr`` has it, for
+    ``schedules.parse_schedule``; nothing is imported before it is called."""
 
     def made(name: str, /, *values: Any, **settings: Any) -> BatchSchedule:
         found: BatchSchedule = _registry.find(ScheduleSpec, name).spec.load()(*values, **settings)
         return found
 
-    return {name: partial(made, name) for name in available_schedules()}
+    factories = {name: partial(made, name) for name in available_schedules()}
+    for name, offer in available_schedules().items():
+        factory = offer.spec.factory
+        of_class = re.split(r"[:.]", factory)[-1] if isinstance(factory, str) else getattr(factory, "__name__", "")
+        if of_class:
+            factories.setdefault(of_class, factories[name])
+    return factories
 
 
 def get_signal(name: str, /, **settings: Any) -> Callable[[SignalContext], Signal]:

@@ -140,6 +140,4 @@ reports = [check_metric(name) for name in ("acme_gradient_norm", "acme:acme_aver
 answer = [[finding.property for finding in report.findings if finding.verdict == "held"] for report in reports]
 """
     for held in answer(code):
-        assert {"no_trace", "batching", "neuron_permutation", "loss_scaling", "edge_cases", "bad_settings", "repr"} <= set(
-            held
-        )
+        assert {"no_trace", "batching", "loss_scaling", "edge_cases", "bad_settings", "repr"} <= set(held)

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .core import ConformanceError, ConformanceReport, Finding, Verdict
 from .metrics import check_metric
+from .schedules import check_schedule
 
-__all__ = ["ConformanceError", "ConformanceReport", "Finding", "Verdict", "check_metric"]
+__all__ = ["ConformanceError", "ConformanceReport", "Finding", "Verdict", "check_metric", "check_schedule"]
