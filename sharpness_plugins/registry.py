@@ -578,7 +578,7 @@ def schedule_factories() -> dict[str, Callable[..., BatchSchedule]]:
         found: BatchSchedule = _registry.find(ScheduleSpec, name).spec.load()(*values, **settings)
         return found
 
-    factories = {name: partial(made, name) for name in available_schedules()}
+    factories: dict[str, Callable[..., BatchSchedule]] = {name: partial(made, name) for name in available_schedules()}
     for name, offer in available_schedules().items():
         factory = offer.spec.factory
         of_class = re.split(r"[:.]", factory)[-1] if isinstance(factory, str) else getattr(factory, "__name__", "")

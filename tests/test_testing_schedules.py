@@ -1,4 +1,4 @@
-"""The conformance suite of schedules: our own pass it, and each kind of wrong schedule is caught by the check made for it."""
+"""The conformance suite of schedules: our own pass it, and each kind of wrong one is caught by the check made for it."""
 
 from __future__ import annotations
 

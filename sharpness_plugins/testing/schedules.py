@@ -194,8 +194,8 @@ class _ScheduleSuite:
                     again = self._schedule(asked.progress, asked.memory)
                     if again != asked.decision:
                         raise Violation(
-                            f"with {script.name}, at step {asked.progress.step} it answered {_shown(asked.decision)}, and asked "
-                            f"again {_shown(again)}"
+                            f"with {script.name}, at step {asked.progress.step} it answered {_shown(asked.decision)}, and "
+                            f"asked again {_shown(again)}"
                         )
                     if pickle.dumps((asked.progress, asked.memory)) != before:
                         raise Violation(f"with {script.name}, at step {asked.progress.step} it wrote to what it was given")
@@ -291,7 +291,7 @@ class _ScheduleSuite:
 
     def _text(self) -> None:
         text, kind = repr(self._schedule), type(self._schedule)
-        known = {**schedule_factories(), kind.__name__: kind}
+        known: dict[str, Callable[..., BatchSchedule]] = {**schedule_factories(), kind.__name__: kind}
         try:
             again = parse_schedule(text, known)
         except (TypeError, ValueError) as error:
@@ -330,7 +330,7 @@ def _train(schedule: BatchSchedule, script: _Script, *, resumed: bool = False) -
         except Exception as error:
             raise Violation(f"with {script.name}, at step {step} it raised {told(error)}") from error
         yield _Asked(progress, memory, decision)
-        if not isinstance(decision, Decision):
+        if type(decision) is not Decision:
             return
         memory = decision.memory
         if _is_size(decision.batch_size):
