@@ -139,6 +139,7 @@ def _switches(device: torch.device) -> Callable[[], None]:
         (name, getattr(backends.cuda, f"{name}_sdp_enabled")()) for name in ("flash", "mem_efficient", "math", "cudnn")
     ]
     gradients = torch.is_grad_enabled()
+    function_modes = _num_function_modes()
     on_cuda = device.type == "cuda"
     if on_cuda:
         matmul = torch.get_float32_matmul_precision()
@@ -146,6 +147,8 @@ def _switches(device: torch.device) -> Callable[[], None]:
 
     def restore() -> None:
         torch.set_grad_enabled(gradients)
+        while _num_function_modes() > function_modes:  # Ctrl-C may fall between entering one and the code inside of it
+            torch._C._pop_torch_function_stack()
         backends.mha.set_fastpath_enabled(fast_path)
         backends.mkldnn.enabled = onednn
         for name, enabled in attention:
@@ -155,6 +158,10 @@ def _switches(device: torch.device) -> Callable[[], None]:
             backends.cudnn.enabled, backends.cudnn.allow_tf32 = cudnn, conv
 
     return restore
+
+
+def _num_function_modes() -> int:
+    return int(torch._C._len_torch_function_stack())
 
 
 @contextlib.contextmanager

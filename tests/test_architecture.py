@@ -27,6 +27,7 @@ LAYERS = {
     "accumulation": 1,
     "basis": 1,
     "batches": 1,
+    "closed_forms": 1,
     "coupling": 1,
     "kernels": 1,
     "losses": 1,
