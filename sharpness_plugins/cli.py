@@ -228,7 +228,7 @@ def _add_list(commands: Any) -> None:
         "list", help="metrics, batch-size schedules, signals and couplings, and where they come from"
     )
     listing.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="of names: 'hessian*' (default: all)")
-    kinds = ["metric", "schedule", "signal", "coupling"]
+    kinds = ["metric", "schedule", "signal", "coupling", "optimizer"]
     listing.add_argument("--kind", choices=kinds, help="of what (default: all)")
     listing.add_argument("--json", action="store_true", help="print JSON")
     listing.set_defaults(command=_list)

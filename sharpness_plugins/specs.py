@@ -31,6 +31,7 @@ __all__ = [
     "FunctionMetric",
     "Metric",
     "MetricSpec",
+    "OptimizerSpec",
     "ScheduleSpec",
     "SignalSpec",
     "Spec",
@@ -108,6 +109,7 @@ class Spec:
     Attributes:
         kind: what sort of thing it is, as the word for it in messages.
         hook: the hook that yields specs of this kind.
+        uses: what a thing of this kind is asked for, so that a factory that makes something else is told at once.
         name: an identifier; a metric's is the key in the report.
         factory: called with the settings, returns the thing. Written as ``"package.module:attribute"`` it is imported
             on first use, so that listing stays fast.
@@ -116,6 +118,7 @@ class Spec:
 
     kind: ClassVar[str]
     hook: ClassVar[str]
+    uses: ClassVar[str] = "__call__"
 
     name: str
     factory: str | Callable[..., Any]
@@ -195,7 +198,16 @@ class CouplingSpec(Spec):
     hook = "sharpness_lr_couplings"
 
 
-KINDS: tuple[type[Spec], ...] = (MetricSpec, ScheduleSpec, SignalSpec, CouplingSpec)
+@dataclass(frozen=True)
+class OptimizerSpec(Spec):
+    """How a sharpness-aware optimizer makes its gradient: its factory returns an ``optimizers.Rule``."""
+
+    kind = "optimizer"
+    hook = "sharpness_optimizers"
+    uses = "combine"
+
+
+KINDS: tuple[type[Spec], ...] = (MetricSpec, ScheduleSpec, SignalSpec, CouplingSpec, OptimizerSpec)
 
 
 @dataclass(frozen=True, repr=False)

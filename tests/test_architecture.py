@@ -67,6 +67,7 @@ LAYERS = {
     "signals": 4,
     "controller": 4,
     "testing": 4,
+    "create": 4,
     "plots": 5,
     "experiments": 5,
     "cli": 5,

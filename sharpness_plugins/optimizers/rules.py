@@ -48,7 +48,8 @@ class Step:
             ``Rule.state`` names. Entries that a hook assigns are kept if the step is taken; empty before the first.
         inner: inner product over all weights of all ranks that share them out, shape ``()``, float64.
         norm: Euclidean norm, likewise.
-        momentum: the base optimizer's running mean of gradients (``momentum_buffer``, ``exp_avg``), zeros where there is none.
+        momentum: the base optimizer's running mean of gradients (``momentum_buffer``, ``exp_avg``), zeros where there is
+            none.
         noise: standard normal numbers, other ones in each step, the same on each rank that holds the same weights.
     """
 
@@ -101,7 +102,7 @@ class Rule:
 
     @property
     def is_linear(self) -> bool:
-        """Whether gradients times ``c`` give ``c`` times the result and the same state, so that a rule need not know the scale
+        """Whether gradients times ``c`` give ``c`` times the result and the same state: such a rule need not know the scale
         of a ``GradScaler``."""
         return True
 
@@ -237,7 +238,7 @@ class FSAM(Rule):
         return False
 
     def direction(self, step: Step) -> Tensors:
-        gradients: Tensors = times(step.gradients, 1 / step.scale)
+        gradients = times(step.gradients, 1 / step.scale)
         mean = step.state.get("mean")
         if mean is None:
             step.state["mean"] = gradients
@@ -274,9 +275,9 @@ class LookSAM(Rule):
             across = plus(step.second, times(step.gradients, along), -1.0)
             step.state["across"] = times(across, _ratio(torch.ones_like(along), step.norm(across)))
             return step.second
-        across = step.state["across"]
-        length = _ratio(self.alpha * step.norm(step.gradients), step.norm(across))
-        return plus(step.gradients, times(across, length), 1.0)
+        last = step.state["across"]
+        length = _ratio(self.alpha * step.norm(step.gradients), step.norm(last))
+        return plus(step.gradients, times(last, length), 1.0)
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,8 @@ class MomentumSAM(Rule):
     """The gradient at ``w − ρ v/‖v‖`` with ``v`` the base optimizer's momentum: one gradient per step, as without it.
 
     The first step of all has no momentum, and is the base optimizer's.
-    Source: Becker et al., Momentum-SAM: Sharpness Aware Minimization without Computational Overhead, arXiv 2401.12033 (2024).
+    Source: Becker et al., Momentum-SAM: Sharpness Aware Minimization without Computational Overhead, arXiv 2401.12033
+        (2024).
     """
 
     default_rho: ClassVar[float] = 0.3
