@@ -68,8 +68,8 @@ class Making:
     undo: Callable[[], Callable[[], None]]
     rewind: Callable[[], None] | None
     group: Any
-    room: dict[Tensor, Tensor]
     is_local: bool
+    room: dict[Tensor, Tensor] = field(default_factory=dict)
     replicas: Any = None
     evaluated: bool = True
     first: dict[Tensor, Tensor] = field(default_factory=dict)

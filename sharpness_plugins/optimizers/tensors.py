@@ -70,14 +70,18 @@ class Sums:
         A sum is finite only if its terms are. One that is not may have overflowed, so its terms are looked at then.
         """
 
-        def suspects(count: Callable[[Tensor], Tensor]) -> float:
+        def suspects(count: Callable[[Tensor], Tensor], of: Callable[[Tensor], Tensor] = Tensor.double) -> float:
             total = torch.zeros((), dtype=torch.float64, device=self._device)
             for groups, indices in self._parts.items():
-                counts = [count(tensors[index]).to(self._device, torch.float64) for index in indices]
-                total = total + distributed.sum_over_shards(torch.stack([torch.zeros_like(total), *counts]).sum(), groups)
+                found = [count(tensors[index]).to(self._device, torch.float64) for index in indices]
+                mine = of(torch.stack(found)).sum(dtype=torch.float64) if found else torch.zeros_like(total)
+                total = total + distributed.sum_over_shards(mine, groups)
             return float(total)
 
-        if suspects(lambda tensor: ~torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))) == 0:
+        def added_up(tensor: Tensor) -> Tensor:
+            return tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+        if suspects(added_up, lambda sums: ~torch.isfinite(sums)) == 0:
             return True
         return suspects(lambda tensor: (~torch.isfinite(tensor)).sum()) == 0
 
