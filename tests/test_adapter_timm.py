@@ -40,6 +40,7 @@ from timm.utils import CheckpointSaver, NativeScaler  # noqa: E402
 
 import sharpness_adapters.timm as adapter  # noqa: E402
 from sharpness_adapters import timm_script  # noqa: E402
+from sharpness_adapters.plain import attach  # noqa: E402
 from sharpness_adapters.timm import SecondPass, Settings, TaskMonitor, bare_task, second_pass_of  # noqa: E402
 from sharpness_adapters.timm.arguments import check_optimizer_name, set_script  # noqa: E402
 from sharpness_adapters.timm.script import ScriptError, ScriptOptions, run_script  # noqa: E402
@@ -449,6 +450,32 @@ def test_measuring_leaves_persistent_workers_and_mixup_alone(images):
     assert_same(*seen)
 
 
+def test_a_loop_of_ones_own_on_timms_loaders_is_measured_on_what_the_model_gets(images):
+    """Its default loader normalizes whole batches outside of the DataLoader, which alone gives bytes."""
+    values = []
+    for use_prefetcher in (True, False):
+        states = []
+        for measured in (False, True):
+            dataset = create_dataset("", root=str(images), split="train", is_training=True)
+            settings = {"is_training": True, "num_workers": 0, "persistent_workers": False, "no_aug": True}
+            settings |= {"use_prefetcher": use_prefetcher, "device": torch.device("cpu")}
+            torch.manual_seed(5)
+            loader = create_loader(dataset, (3, 16, 16), batch_size=20, **settings)
+            model = small_net(dropout=0.3)
+            optimizer = optimizer_of(model, "sgd")
+            asked = {"metrics": "gradient_length", "every": "2 steps", "budget": None, "probe_samples": 30}
+            with attach(model, optimizer, loader, **asked) if measured else contextlib.nullcontext() as run:
+                for x, y in loader:
+                    functional.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            states.append({**model.state_dict(), "rng": torch.get_rng_state()})
+        assert_same(*states)
+        assert [(made.step, made.samples) for made in run.history] == [(1, 20), (2, 40), (4, 80)]
+        values.append([made.loss for made in run.history])
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
 MINI = """
     import argparse, json, os
     import torch
@@ -713,7 +740,7 @@ def test_a_task_is_measured_by_its_own_loss(our_plugin, wrapped):
     loss = LabelSmoothingCrossEntropy(0.1)(model.eval()(torch.cat([x for x, _ in data])), torch.cat([y for _, y in data]))
     assert report.loss == pytest.approx(loss.item(), rel=1e-6)
     assert report.provenance["loss_rule"] == "plugin rule task_loss"
-    assert report.provenance["num_parameters"] == sum(p.numel() for p in model.parameters())
+    assert report.provenance["dim"] == sum(p.numel() for p in model.parameters())  # and not the averaged ones
 
 
 def test_a_checkpoint_of_train_py_is_measured_without_a_word_about_the_model(mini, images, in_folder, our_plugin, capsys):
