@@ -333,8 +333,6 @@ class BatchController:
         return self.plan
 
     def _measure(self) -> None:
-        if distributed.rank() != 0 and self._meter is None:
-            return
         context = SignalContext(
             model=self._model,
             optimizer=self.optimizer,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import distributed, registry
-from .errors import LoaderError, PluginWarning
+from .errors import LoaderError, LostRankError, PluginWarning
 from .measure import Metrics, measure_sharpness, resolve_metrics
 from .noise_scale import SIGNALS, NoiseScaleMeter
 from .pacing import FIRST_GUESS, Budget, Pace, gradients_of
@@ -202,8 +202,8 @@ class SharpnessMonitor:
     gradients and random states as they are, and what fails is recorded, never raised (``SHARPNESS_PLUGINS_STRICT=1``
     raises).
 
-    On several ranks all of them measure at the same steps, each on the same probe: every rank asks at every step, and
-    where a clock has a say, rank 0's decision is sent round.
+    On several ranks all of them measure at the same steps and share the probe out, which is the same on all of them, or each
+    rank's own: every rank asks at every step, and where a clock has a say, rank 0's decision is sent round.
 
     Args:
         model: what is trained; wrappers are taken off.
@@ -347,7 +347,7 @@ class SharpnessMonitor:
         try:
             report = measure_sharpness(self.model, self.probe, self.metrics, progress=False, **self._settings)
         except Exception as error:
-            if registry.is_strict():
+            if registry.is_strict() or isinstance(error, LostRankError):
                 raise
             return replace(empty, notes={"probe": f"{type(error).__name__}: {error}"}), None
         work = gradients_of(report.cost)
