@@ -95,6 +95,8 @@ class Settings:
 
 
 def _log(made: Measurement) -> None:
+    if distributed.rank() != 0:
+        return
     values = "  ".join(f"{name}: {value:.4g}" for name, value in made.values.items())
     _logger.info(f"Sharpness: step {made.step}  {values}  ({made.seconds:.1f}s)")
     for name, note in made.notes.items():
@@ -141,9 +143,9 @@ def _is_hooks(name: str, held: Any) -> bool:
 class TaskMonitor:
     """Counts the steps of the optimizer that a task trains with, and measures the task when it is due.
 
-    Found by itself: the first task that is called, the first optimizer that has parameters of it. It measures on rank 0,
-    on the model without its wrappers, so that no rank waits in a collective for another. The state lies in the
-    optimizer's first parameter group, which checkpoints hold and ``load_state_dict`` brings back.
+    Found by itself: the first task that is called, the first optimizer that has parameters of it. The ranks measure
+    together, at the same steps, on the model without its wrappers. The state lies in the optimizer's first parameter group,
+    which checkpoints hold and ``load_state_dict`` brings back.
 
     Args:
         probe: what to measure on; None for the first batches of training, as augmented and mixed as they were.
@@ -205,9 +207,7 @@ class TaskMonitor:
         optimizer.param_groups[0].setdefault(STATE, {}).update(
             step=self.step, samples=self.samples, base_batch_size=self.base_batch_size
         )
-        measures = bool(self._metrics) and distributed.rank() == 0  # not known before training, as ranks come after imports
-        self._recorder.keep_inputs &= measures
-        if not measures or not self._has_probe(calls):
+        if not self._metrics or not self._has_probe(calls):
             return
         if self.monitor is None:
             self._open(optimizer, task)
@@ -221,19 +221,24 @@ class TaskMonitor:
         return optimizer is self._optimizer
 
     def _has_probe(self, calls: Sequence[Call]) -> bool:
-        """Whether there is one; until then the batches of training are put aside."""
+        """Whether there is one; until then each rank's batches of training are put aside."""
+        if self._probe_samples == math.inf:
+            return True
+        ranks = distributed.world_size()
         while calls and self._probe_samples < self.settings.num_samples:
             call, *calls = calls
             self._probe.append(map_tensors(call.args, _aside))
-            self._probe_samples += call.num_samples
-        self._recorder.keep_inputs = self._probe_samples < self.settings.num_samples
-        return not self._recorder.keep_inputs
+            self._probe_samples += call.num_samples * ranks
+        if not distributed.from_rank_zero(self._probe_samples >= self.settings.num_samples):
+            return False
+        self._probe_samples, self._recorder.keep_inputs = math.inf, False
+        return True
 
     def _open(self, optimizer: Optimizer, task: TrainingTask) -> None:
         # of the step that was just taken: clipped, and SAM's, where there is such
         signals: dict[str, Reading] = {"gradient_norm": gradient_norm(optimizer)}
         if (second_pass := second_pass_of(optimizer)) is not None:
-            signals["surrogate_gap"] = second_pass.surrogate_gap
+            signals["surrogate_gap"] = lambda: _over_ranks(second_pass.surrogate_gap())
         self.monitor = SharpnessMonitor(
             probe=self._probe,
             metrics=self._metrics,
@@ -259,6 +264,11 @@ class TaskMonitor:
 
 def _aside(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
+
+
+def _over_ranks(gap: float | None) -> float | None:
+    """The mean; all of them come here, as all of them step."""
+    return None if gap is None else distributed.sum_of(gap) / distributed.world_size()
 
 
 def _counts_epochs(every: str) -> bool:
