@@ -45,7 +45,7 @@ from sharpness_adapters.timm import SecondPass, Settings, TaskMonitor, bare_task
 from sharpness_adapters.timm.arguments import check_optimizer_name, set_script  # noqa: E402
 from sharpness_adapters.timm.script import ScriptError, ScriptOptions, run_script  # noqa: E402
 from sharpness_adapters.timm_checkpoint import read_timm_checkpoint  # noqa: E402
-from sharpness_adapters.timm_plugin import task_loss  # noqa: E402
+from sharpness_adapters.timm_task import task_loss  # noqa: E402
 from sharpness_plugins import PluginWarning, measure_sharpness, metric  # noqa: E402
 from sharpness_plugins.cli import main as sharpness  # noqa: E402
 from sharpness_plugins.plugin_loading import Source  # noqa: E402

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +24,11 @@ from sharpness_plugins.registry import get_metric
 from sharpness_plugins.schedules import Duration, Progress
 from sharpness_plugins.texts import name_and_settings
 
-from ..timm_plugin import task_loss
+from ..timm_task import bare_task, task_loss
 from .recording import Call, Recorder, unnoticed
 from .second_pass import second_pass_of
 
-__all__ = ["STATE", "Settings", "TaskMonitor", "bare_task", "measured"]
+__all__ = ["STATE", "Settings", "TaskMonitor", "measured"]
 
 STATE = "sharpness"
 """The key under which the first parameter group keeps our state, so that the checkpoints of any trainer hold it."""
@@ -103,17 +101,6 @@ def _log(made: Measurement) -> None:
         _logger.warning(f"Sharpness: {name} at step {made.step}: {note}")
 
 
-def bare_task(task: TrainingTask) -> TrainingTask:
-    """The same task without DDP, compilation and hooks; its parameters are those that are trained, not a teacher's."""
-    bare = copy.copy(task)
-    bare.__dict__.update({name: OrderedDict() for name, held in vars(task).items() if _is_hooks(name, held)})
-    if (module := task.get_trainable_module()) is not task and isinstance(module, nn.Module):
-        bare.__dict__.update(task._modules)  # attributes, but no submodules: a teacher, the averaged model
-        del bare.__dict__["trainable_module"]
-        bare._modules = {"trainable_module": unwrap(module)[0]}
-    return bare
-
-
 def measured(task: TrainingTask) -> dict[str, Any]:
     """``model`` and ``criterion`` where the task's loss is a cross-entropy, which more metrics know; else ``loss_fn``."""
     criterion = _cross_entropy(task)
@@ -134,10 +121,6 @@ def _cross_entropy(task: TrainingTask) -> nn.CrossEntropyLoss | None:
     if isinstance(criterion, SoftTargetCrossEntropy):
         return nn.CrossEntropyLoss()
     return criterion if type(criterion) is nn.CrossEntropyLoss else None
-
-
-def _is_hooks(name: str, held: Any) -> bool:
-    return "_hooks" in name and isinstance(held, dict)
 
 
 class TaskMonitor:
