@@ -54,6 +54,8 @@ from .specs import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .controller import BatchChange
     from .coupling import CouplingRule
     from .losses import LossFn
@@ -151,6 +153,20 @@ class Hooks(Protocol):
             @hookimpl
             def sharpness_resolve_loss(model, batch):
                 return detection_loss if hasattr(model, "roi_heads") else None
+        """
+
+    @hookspec(firstresult=True)
+    def sharpness_unwrap_model(self, model: Any) -> nn.Module | None:
+        """What of ``model`` is measured, or None for all of it: its own modules, without those that are not trained.
+
+        Asked before anything else, with wrappers of compilation and data parallelism off. The first answer wins::
+
+            # acme_tools/plugin.py
+            from sharpness_plugins import hookimpl
+
+            @hookimpl
+            def sharpness_unwrap_model(model):
+                return model.student if type(model).__name__ == "AcmeDistillation" else None
         """
 
     @hookspec
