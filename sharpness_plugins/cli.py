@@ -24,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from . import files
 from .errors import MeasurementWarning, PluginWarning, SharpnessError, UnknownNameError, did_you_mean, missing_dependency
 from .texts import name_and_settings
 
@@ -370,7 +371,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     else:
         print(report)
     if arguments.json not in (None, "-"):
-        Path(arguments.json).write_text(report.to_json() + "\n", encoding="utf-8")
+        files.write(arguments.json, report.to_json() + "\n")
     failed = any(result.status.kind == "failed" for _, result in report.items())
     return METRIC_FAILED if failed else OK
 
