@@ -22,7 +22,7 @@ from .coupling import AdaScale, CouplingRule, LearningRateCoupling, SampleHorizo
 from .errors import LoaderError
 from .noise_scale import NoiseScaleMeter
 from .pacing import Budget
-from .samplers import AccumulatingLoader, ResizableLoader, check_repeatable
+from .samplers import AccumulatingLoader, ResizableLoader, check_repeatable, check_state
 from .schedules import (
     BatchSchedule,
     Decision,
@@ -640,7 +640,12 @@ class BatchController:
         if self._meter is not None and state["meter"] is not None:
             self._meter.load_state_dict(state["meter"])
         self.history = [BatchChange.from_dict(change) for change in state["history"]]
+        if state["loader"] is not None:
+            check_state(state["loader"])
         self._mark = state["loader"]
+        now = self.progress
+        self.schedule(replace(now, epoch=now.epoch or 0.0, tokens=now.tokens or 0), self._memory)  # that it can read it
+        self._peak_learning_rate = float(state["peak_learning_rate"])  # which looking at the progress has raised
 
 
 def _weakly(method: Callable[[Optimizer, Any, Any], None]) -> Callable[[Optimizer, Any, Any], None]:

@@ -30,7 +30,14 @@ from .errors import LoaderError
 from .schedules.planner import Plan
 from .schema import ANY, check
 
-__all__ = ["AccumulatingLoader", "MicroBatch", "ResizableBatchSampler", "ResizableLoader", "check_repeatable"]
+__all__ = [
+    "AccumulatingLoader",
+    "MicroBatch",
+    "ResizableBatchSampler",
+    "ResizableLoader",
+    "check_repeatable",
+    "check_state",
+]
 
 T = TypeVar("T")
 _END: Any = object()
@@ -199,7 +206,7 @@ class ResizableBatchSampler(Sampler[list[Any]]):
         Raises:
             ValueError: other data, or another order, than in that run; other ranks in the middle of a group; damage.
         """
-        check(state, _SAMPLER_STATE, "the state of the sampler")
+        check_state(state)
         for name, here in (("num_samples", self.num_samples), ("shuffle", self.shuffle)):
             if state[name] != here:
                 raise ValueError(
@@ -537,7 +544,7 @@ class AccumulatingLoader:
         Raises:
             ValueError: it is no such state, or damaged.
         """
-        check(state, _LOADER_STATE, "the state of the loader")
+        check_state(state)
         self._begin(int(state["epoch"]))
         self._delivered, self._taken, self._ended = int(state["delivered"]), int(state["taken"]), bool(state["ended"])
         self._plan, self._next_plan = _plan_from_json(state["plan"]), _plan_from_json(state["next_plan"])
@@ -577,6 +584,18 @@ class AccumulatingLoader:
         for part in parts:
             if callable(set_epoch := getattr(part, "set_epoch", None)):
                 set_epoch(epoch)
+
+
+def check_state(state: Any) -> None:
+    """ValueError unless it is a state of one of these loaders."""
+    shape = _SAMPLER_STATE if isinstance(state, Mapping) and "num_samples" in state else _LOADER_STATE
+    check(state, shape, "the state of the loader")
+    for name in ("plan", "next_plan"):
+        if len(state[name]) != 3 or min(state[name]) < 1:
+            raise ValueError(f"the state of the loader.{name} must be three whole numbers from 1, got {state[name]}")
+    for name in ("epoch", "position", "delivered", "taken"):
+        if state.get(name, 0) < 0:
+            raise ValueError(f"the state of the loader.{name} must be at least 0, got {state[name]}")
 
 
 def check_repeatable(loader: Iterable[Any]) -> None:
