@@ -41,9 +41,9 @@ def plan(
     """The plan nearest to ``batch_size``, with few and large micro-batches.
 
     With ``a`` the smallest accumulation whose micro-batches fit, those from ``a - 1`` full ones to ``2 a + 3`` are tried (at
-    most 10,000, which is a matter of milliseconds), and the least error wins, of equals the fewer passes. Every device gets ``multiple`` samples at least, so the result is
-    never below ``world_size * multiple``. From 8 samples per device on it is at most 1/11 off, with ``multiple=1``: 11 per
-    device where 8 fit become 2 · 5 or 2 · 6.
+    most 10,000, a matter of milliseconds), and the least error wins, of equals the fewer passes. Every device gets
+    ``multiple`` samples at least, so the result is never below ``world_size * multiple``. From 8 samples per device on it is
+    at most 1/11 off, with ``multiple=1``: 11 per device where 8 fit become 2 · 5 or 2 · 6.
 
     Args:
         max_micro_batch: what fits in the memory of a device; None for no bound.
