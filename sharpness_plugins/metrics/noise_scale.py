@@ -84,6 +84,7 @@ class GradientNoiseScale:
             _, gradient = objective.value_and_grad()
             sums = DeviationSums(gradient, objective.num_samples, groups.total_weight)
             groups.sweep(sums.add)
+            sums.add_up(objective.ranks)
             if not math.isfinite(sums.residual):
                 return MetricResult.failed("the gradient of some sample is not finite")
             if sums.residual > _SAME[gradient.dtype]:
@@ -93,6 +94,7 @@ class GradientNoiseScale:
                 )
             if self.inner_product:
                 groups.sweep(sums.add_again)
+                sums.add_up_again(objective.ranks)
         estimate = sums.estimate()
         details = self._details(estimate, gradient, objective.num_samples, sums.num_groups, groups)
         if self.population == "samples":
