@@ -91,6 +91,7 @@ _MEASUREMENT = {
     "samples": int,
     "epoch": (float, None),
     "loss": (float, None),
+    "loss_rule": (str, None),
     "values": {str: (float, None)},
     "standard_errors": {str: (float, None)},
     "notes": {str: str},
