@@ -1,13 +1,14 @@
-"""JSON from elsewhere: how large and how deep it may be, and of which shape. Imports no torch."""
+"""What is taken from elsewhere: settings and their types, JSON with its shape and limits. Imports no torch."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
-__all__ = ["ANY", "check", "read_json"]
+__all__ = ["ANY", "check", "check_types", "read_json"]
 
 MOST_BYTES = 64 * 2**20  # a report of a thousand layers with a spectral density has half of one MiB
 _DEEPEST = 100
@@ -135,3 +136,36 @@ def _shown(value: Any) -> str:
     except ValueError:  # a whole number of too many digits
         return f"a {type(value).__name__} of many digits"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_types(settings: Any) -> None:
+    """Refuse what the annotation of a dataclass field rules out: for ``__post_init__``, ahead of checks of the range.
+
+    ``int`` takes whole numbers, NumPy's too, ``float`` numbers but NaN, ``str`` text and ``bool`` truth values; "or None"
+    is understood, and any other annotation takes everything.
+
+    Raises:
+        TypeError: a setting has another type. ValueError: it is NaN.
+    """
+    for one in fields(settings):
+        value, words = getattr(settings, one.name), str(one.type).replace("|", " ").split()
+        expected = next((word for word in words if word in _TYPES), None)
+        if expected is None or not set(words) <= {*_TYPES, "None"} or (value is None and "None" in words):
+            continue
+        if not any(_TYPES[word][0](value) for word in words if word in _TYPES):
+            said = " or ".join([_TYPES[word][1] for word in words if word in _TYPES] + ["None"] * ("None" in words))
+            raise TypeError(f"{one.name} must be {said}, got {value!r}")
+        if value != value:
+            raise ValueError(f"{one.name} must be a number, got {value!r}")
+
+
+def _is_whole(value: Any) -> bool:
+    return not isinstance(value, bool) and hasattr(type(value), "__index__")
+
+
+_TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (_is_whole, "a whole number"),
+    "float": (lambda value: _is_whole(value) or isinstance(value, float), "a number"),
+    "str": (lambda value: isinstance(value, str), "text"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+}
