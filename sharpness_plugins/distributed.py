@@ -121,8 +121,10 @@ class Ranks:
 
     A meeting is one all-reduce of a small table of fixed shape, with a row for each rank: what it evaluated and where, its
     numbers, and whether it failed. Where all rows agree, an all-reduce of the vector follows, if the evaluation has one.
-    Otherwise every rank raises: the one that failed its own error, the others a RemoteFailureError that names it. So nobody waits
-    for a vector that does not come, and ranks that went different ways find out at the next meeting.
+    Otherwise every rank raises: the one that failed its own error, the others a RemoteFailureError that names it. So nobody
+    waits for a vector that does not come, and ranks that went different ways find out at the next meeting.
+
+    Source: measured with two and four gloo processes, a meeting takes 0.1 to 6 ms, as busy as the machine is.
 
     Attributes:
         how: one of ``RANKS`` (asked for), or what came of "auto".
@@ -131,6 +133,7 @@ class Ranks:
 
     def __init__(self, how: str = "alone", rank: int = 0, size: int = 1) -> None:
         self.how, self.rank, self.size = how, rank, size
+        self._met: BaseException | None = None  # the last error that all ranks know of
 
     @property
     def is_alone(self) -> bool:
@@ -144,7 +147,8 @@ class Ranks:
             what: the name of the evaluation, the same on every rank.
             where: the vectors that it depends on, at most two, which must be the same on every rank.
         Raises:
-            RemoteFailureError: it failed on another rank. RanksApartError: another rank evaluates something else, or elsewhere.
+            RemoteFailureError: it failed on another rank.
+            RanksApartError: another rank evaluates something else, or elsewhere.
             LostRankError: another rank is gone.
         """
         shared = Shared()
@@ -159,6 +163,22 @@ class Ranks:
         except BaseException as raised:
             error = raised
         self._meet(what, shared, where, error)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around several meetings: what this rank fails of between them, others hear at the next one."""
+        try:
+            yield
+        except LostRankError:
+            raise
+        except BaseException as error:
+            self.leave(error)
+            raise
+
+    def leave(self, error: BaseException) -> None:
+        """Tell the others at their next meeting, unless they know; raises the error."""
+        if not self.is_alone and error is not self._met:
+            self._meet("nothing more", Shared(), (), error)
 
     def gather(self, value: Any) -> list[Any]:
         """A small picklable value of every rank, in their order. Collective."""
@@ -183,7 +203,7 @@ class Ranks:
         return value if box[0] is None or self.rank == source else pickle.loads(box[0])
 
     def close(self, what: str, error: Exception | None, value: float = 0.0) -> tuple[Exception, str] | None:
-        """Every rank has ended ``what``, with this value or with an error: what it failed of on any of them, for all of them.
+        """Every rank has ended ``what``, with this value or an error: what it failed of on any of them, for all of them.
 
         A rank that still evaluates is told so, and ends, too. Different values are a failure.
 
@@ -194,7 +214,7 @@ class Ranks:
             rows = self._rows(_CLOSING, 0, [value], (), error)
             together = bool((rows[:, 0] == rows[0, 0]).all())
             values = rows[:, 7]
-            apart = bool(((values - values[0]).abs() > _APART * values[0].abs()).any())
+            apart = together and bool(((values - values[0]).abs() > _APART * values[0].abs()).any())
             if together and not apart and not bool(rows[:, 2].any()):
                 return None
             told = self._told(f"ended {what}" + (f" with {value:.10g}" if apart else ""), error)
@@ -236,7 +256,8 @@ class Ranks:
         apart = bool(((points[:, :, 0] - points[0, :, 0]).abs() > _APART * points[:, :, 1]).any())
         if apart or bool((rows[:, :2] != rows[0, :2]).any()) or bool(rows[:, 2].any()):
             told = self._told(f"asked for {what}" + (" at a point of its own" if apart else ""), error)
-            raise error or self._failure(told)
+            self._met = error or self._failure(told)
+            raise self._met
         shared.numbers = rows[:, -_NUMBERS:].sum(dim=0).tolist()[: len(shared.numbers)]
         if vector is not None:
             shared.vector = self._summed(vector)
@@ -340,6 +361,6 @@ def _found_lost(doing: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise LostRankError(
-            f"the group of ranks broke while {doing} was shared: {' '.join(str(error).split())[:300]}. Either a rank died, or "
-            "did not come within the group's timeout: every rank must measure, or ranks='alone' on the one that does."
+            f"the group of ranks broke while {doing} was shared: {' '.join(str(error).split())[:300]}. Either a rank died, "
+            "or did not come within the group's timeout: every rank must measure, or ranks='alone' on the one that does."
         ) from error

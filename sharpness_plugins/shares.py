@@ -117,6 +117,7 @@ def share_of(loader: Iterable[Any], ranks: Ranks, *, max_samples: int | None, se
         if own is None:
             inner, own = None, _digest_of_first(loader)
         sampling.set_generator_states(states)
+        count = _num_batches(loader, max_samples)
     digests: list[_Digest] = ranks.gather(own)
     told = [digest for digest in digests if digest.contents]
     if all(digest.order for digest in digests) and len({digest.contents for digest in digests}) == 1 and inner is not None:
@@ -127,9 +128,7 @@ def share_of(loader: Iterable[Any], ranks: Ranks, *, max_samples: int | None, se
             return _of_plans(loader, inner, parts, ranks, max_samples)
     ranks.how = _settled(ranks.how, [r for r, d in enumerate(digests) if d.contents and told.count(d) > 1], len(digests))
     if ranks.how == "same data":
-        return Share(
-            loader, how=ranks.how, ranks=ranks, max_samples=max_samples, num_batches=_num_batches(loader, max_samples)
-        )
+        return Share(loader, how=ranks.how, ranks=ranks, max_samples=max_samples, num_batches=count)
     if max_samples is not None:
         max_samples = max_samples // ranks.size + (ranks.rank < max_samples % ranks.size)
     return Share(loader, how=ranks.how, ranks=ranks, max_samples=max_samples)
@@ -141,8 +140,8 @@ def _settled(how: str, equal: list[int], size: int) -> str:
     if how == "auto":
         if equal and len(equal) < size:
             raise LoaderError(
-                f"the loaders of ranks {named} give the same first batch and those of other ranks do not, so it cannot be told "
-                "how they share the data. Give every rank the same loader, or each its own part."
+                f"the loaders of ranks {named} give the same first batch and those of other ranks do not, so it cannot be "
+                "told how they share the data. Give every rank the same loader, or each its own part."
             )
         return "same data" if equal else "own data"
     if how == "same data" and len(equal) < size:
@@ -152,8 +151,8 @@ def _settled(how: str, equal: list[int], size: int) -> str:
         )
     if how == "own data" and equal:
         raise LoaderError(
-            f"ranks='own data', but the loaders of ranks {named} give the same first batch, so samples would count more than "
-            "once. Use ranks='same data', which shares them out."
+            f"ranks='own data', but the loaders of ranks {named} give the same first batch, so samples would count more "
+            "than once. Use ranks='same data', which shares them out."
         )
     return how
 

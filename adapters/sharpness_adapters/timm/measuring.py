@@ -89,10 +89,11 @@ class Settings:
         return resolve_metrics([get_metric(name, **given) for name, given in asked])
 
     def sinks(self) -> list[Sink]:
+        log: list[Sink] = [_log] if distributed.rank() == 0 else []
         if self.out is None:
-            return [_log]
+            return log
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        return [_log, JSONLSink(self.out) if self.out.suffix in (".jsonl", ".json") else CSVSink(self.out)]
+        return [*log, JSONLSink(self.out) if self.out.suffix in (".jsonl", ".json") else CSVSink(self.out)]
 
 
 def _log(made: Measurement) -> None:
@@ -206,7 +207,7 @@ class TaskMonitor:
         optimizer.param_groups[0].setdefault(STATE, {}).update(
             step=self.step, samples=self.samples, base_batch_size=self.base_batch_size
         )
-        measures = bool(self._metrics) and distributed.rank() == 0  # not known before training, as ranks come after imports
+        measures = bool(self._metrics)
         self._recorder.keep_inputs &= measures
         if not measures or not self._has_probe(calls):
             return
@@ -221,14 +222,20 @@ class TaskMonitor:
                 self.follow(optimizer)
         return optimizer is self._optimizer
 
+    @property
+    def _wanted_samples(self) -> float:
+        """Of this rank; asked for while training, as ranks come after imports."""
+        return self.settings.num_samples / distributed.world_size()
+
     def _has_probe(self, calls: Sequence[Call]) -> bool:
         """Whether there is one; until then the batches of training are put aside."""
-        while calls and self._probe_samples < self.settings.num_samples:
+        while calls and self._probe_samples < self._wanted_samples:
             call, *calls = calls
             self._probe.append(map_tensors(call.args, _aside))
             self._probe_samples += call.num_samples
-        self._recorder.keep_inputs = self._probe_samples < self.settings.num_samples
-        return not self._recorder.keep_inputs
+        has_probe = self.monitor is not None or distributed.on_every_rank(self._probe_samples >= self._wanted_samples)
+        self._recorder.keep_inputs = not has_probe
+        return has_probe
 
     def _open(self, optimizer: Optimizer, task: TrainingTask) -> None:
         second_pass = second_pass_of(optimizer)
