@@ -22,12 +22,14 @@ __all__ = [
     "Ranks",
     "Shared",
     "from_rank_zero",
+    "is_spread",
     "on_every_rank",
     "rank",
     "resolve_ranks",
     "smallest",
     "sum_of",
     "sum_over_ranks",
+    "whole",
     "world_size",
 ]
 
@@ -79,6 +81,16 @@ def sum_of(number: float) -> float:
 def on_every_rank(holds: bool) -> bool:
     """Whether it holds on all of them."""
     return sum_of(float(holds)) == world_size()
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether it lies on several ranks (a ``DTensor``)."""
+    return callable(getattr(tensor, "full_tensor", None))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that lies on several ranks, detached; any other is given back. Collective."""
+    return tensor.detach().full_tensor() if is_spread(tensor) else tensor  # type: ignore[operator]
 
 
 def _reduced(number: float) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import sampling
+from . import sampling, sharded
 
 __all__ = ["evaluation", "has_batch_norm", "second_derivatives"]
 
@@ -48,6 +48,7 @@ def evaluation(
 
 
 def _enter(stack: contextlib.ExitStack, tree: list[nn.Module], device: torch.device, *, batch_statistics: bool) -> None:
+    stack.enter_context(sharded.without_sharding(tree))
     # reentrant checkpointing cuts the weights out of the graph; without it, a layer is simply computed
     checkpointing = importlib.import_module("torch.utils.checkpoint")
     stack.enter_context(_replaced(checkpointing, "CheckpointFunction", _NoCheckpoint))

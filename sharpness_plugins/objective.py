@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import agreement, modes, sampling
+from . import agreement, modes, sampling, sharded
 from .batches import Batch, BatchSource
-from .distributed import Ranks, resolve_ranks
+from .distributed import Ranks, resolve_ranks, world_size
 from .errors import RemoteFailureError
 from .evaluation import Evaluator, LossSums, joined, mean_of
 from .hvp import HessianProducts
@@ -110,7 +110,12 @@ class Objective:
                 self._sweeps, self._partial_passes = 0, 0.0  # batches seen by whole passes; fractions of passes beside them
                 self._depth = 0
                 self._seed = sampling.key_for(seed, "model") >> 2  # room for the position of the batch
+                sharded.check_supported(model)
                 self.module, wrappers = unwrap(model)
+                if sharded.is_fully_sharded(self.module):
+                    if self.ranks.is_alone and world_size() > 1:
+                        raise ValueError("the weights are sharded over the ranks, so ranks='alone' cannot measure them")
+                    wrappers.append("fully_shard")
                 self._batch_norm = batch_norm
                 # a loss that is a module has modes, too
                 self._modules = [self.module, *(part for part in (criterion, loss_fn) if isinstance(part, nn.Module))]
@@ -223,7 +228,7 @@ class Objective:
         """What the numbers depend on, as JSON types."""
         cached = self._source.cached
         return {
-            "model": type(self.module).__name__,
+            "model": self._model_name,
             "dim": self.dim,
             "num_parameters": self.space.num_parameters,
             "num_frozen": self.space.num_frozen,
@@ -242,10 +247,16 @@ class Objective:
             "notes": self.notes,
         }
 
+    @property
+    def _model_name(self) -> str:
+        kinds = [kind.__name__ for kind in type(self.module).__mro__]
+        # fully_shard makes a class of its own, before its mixin and the class that it was
+        return kinds[kinds.index("FSDPModule") + 1] if "FSDPModule" in kinds else kinds[0]
+
     def _notes_on_model(self, wrappers: list[str]) -> list[str]:
         notes = []
         if wrappers:
-            notes.append(f"measured inside {' and '.join(wrappers)}, on the wrapped {type(self.module).__name__}")
+            notes.append(f"measured inside {' and '.join(wrappers)}, on the wrapped {self._model_name}")
         if self.space.has_half:
             notes.append(
                 "half-precision weights were measured on a float32 copy (a step of ε = 1e-3 is lost in their rounding)"

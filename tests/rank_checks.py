@@ -19,6 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -32,6 +36,7 @@ from sharpness_plugins.metrics import (
     GradientNoiseScale,
     HessianTopK,
     HessianTrace,
+    PreconditionedTopK,
     RandomSubspace,
     SpectralDensity,
 )
@@ -466,6 +471,69 @@ def check_signals(rank: int, world_size: int) -> dict[str, Any]:
                 optimizer.zero_grad()
                 found += [[controller.step, entry.step, entry.value] for entry in controller.signals.values()]
     return {"signals": found, "weights": model[0].weight.flatten().tolist(), "largest": max(seen)}
+
+
+# ---------------------------------------------------------------------- sharded models
+
+
+def sharded(model: nn.Sequential, **settings: Any) -> nn.Sequential:
+    """As one group of its own, a group of two modules, and the rest."""
+    fully_shard(model[0], **settings)
+    fully_shard(list(model[-2:]), **settings)
+    fully_shard(model, **settings)
+    return model
+
+
+def check_fully_sharded(rank: int, world_size: int) -> dict[str, Any]:
+    objective = Objective(sharded(network(norm=True)), own_part(rank, world_size), criterion=CRITERION)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    low = Objective(sharded(network().float(), mp_policy=policy), [(x.float(), y) for x, y in whole(20)])
+    return evaluated(objective) | {"notes": objective.notes, "low": [low.loss, low.value_and_grad()[1].norm().item()]}
+
+
+def check_training_fully_sharded(rank: int, world_size: int) -> dict[str, Any]:
+    """AdamW, with and without measurements between its steps, one of which fails."""
+    found = []
+    report: Any = None
+    for measured in (False, True):
+        model = sharded(network())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        inputs, targets = data()
+        for step in range(6):
+            rows = torch.arange(rank, NUM_SAMPLES, world_size)[step::6]
+            functional.cross_entropy(model(inputs[rows]), targets[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if measured and step in (1, 3):
+                metrics = [HessianTopK(k=1), PreconditionedTopK(optimizer), Planned("fails", failing("1", rank))]
+                with quiet():
+                    report = measure_sharpness(model, whole(20), metrics)
+                assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+            if step == 3:
+                weights = [parameter.full_tensor().tolist() for parameter in model.parameters()]
+        found.append([parameter.full_tensor().tolist() for parameter in model.parameters()])
+    return {
+        "same": found[0] == found[1],
+        "weights": weights,
+        "values": {key: result.value for key, result in report.results.items()},
+        "failed": report["fails"].status.message,
+    }
+
+
+def check_other_sharding(rank: int, world_size: int) -> dict[str, str]:
+    mesh = init_device_mesh("cpu", (world_size,))
+    parallel = parallelize_module(network(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = FullyShardedDataParallel(network(), device_id=torch.device("cpu"))
+    engine = type("DeepSpeedEngine", (nn.Module,), {})()
+    return {
+        "tensor parallel": raised(lambda: Objective(parallel, whole(20))),
+        "FSDP1": raised(lambda: Objective(first, whole(20))),
+        "DeepSpeed": raised(lambda: Objective(engine, whole(20))),
+        "alone": raised(lambda: Objective(sharded(network()), whole(20), ranks="alone")),
+        "pipeline": raised(lambda: Objective(network()[rank : rank + 1] if rank != 1 else network()[2:], whole(20))),
+    }
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}

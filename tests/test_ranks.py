@@ -29,6 +29,7 @@ ON_FOUR = (
     "losses_that_have_no_pieces",
     "work",
     "wrong_guesses",
+    "fully_sharded",
 )
 SIZES = [2, 4]
 
@@ -255,6 +256,48 @@ def test_a_schedule_measures_its_signal_on_all_ranks_together(told):
     assert answers[0] == answers[1]
     assert len({step for _, step, _ in answers[0]["signals"]}) > 1
     assert all(math.isfinite(value) for _, _, value in answers[0]["signals"])
+
+
+# ---------------------------------------------------------------------- sharded models
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_fully_sharded_model_is_measured_as_the_whole_one(told, size):
+    whole = Objective(rank_checks.network(norm=True), rank_checks.whole(), criterion=rank_checks.CRITERION)
+    expected = rank_checks.evaluated(whole)
+    low = Objective(rank_checks.network().float(), [(x.float(), y) for x, y in rank_checks.whole(20)])
+    for answer in of(told, size, "fully_sharded"):
+        close(answer["numbers"], expected["numbers"])
+        for found, vector in zip(answer["vectors"], expected["vectors"], strict=True):
+            close(found, vector)
+        assert answer["notes"] == ["measured inside fully_shard, on the wrapped Sequential"]
+        # in float32, although it trains in bfloat16
+        assert answer["low"] == pytest.approx([low.loss, low.value_and_grad()[1].norm().item()], rel=1e-5)
+
+
+def test_a_fully_sharded_model_trains_on_as_if_it_had_not_been_measured(told):
+    answers = of(told, 2, "training_fully_sharded")
+    model = rank_checks.network()
+    with torch.no_grad():
+        for parameter, weights in zip(model.parameters(), answers[0]["weights"], strict=True):
+            parameter.copy_(torch.tensor(weights, dtype=torch.float64))
+    expected = measure_sharpness(model, rank_checks.whole(), [rank_checks.HessianTopK(k=1)])["hessian_topk"].value
+    for answer in answers:
+        assert answer["same"]
+        assert answer["values"]["hessian_topk"] == pytest.approx(expected, rel=1e-10)
+        assert answer["values"]["preconditioned_topk"] == answers[0]["values"]["preconditioned_topk"] > 0
+        assert answer["failed"] == "rank 1 failed: KeyError: 'boom 1'"
+
+
+def test_other_ways_of_sharding_are_refused_by_name(told):
+    for answer in of(told, 2, "other_sharding"):
+        assert "parameter '0.weight' is a distributed tensor placed as (Shard(dim=0),)" in answer["tensor parallel"]
+        assert answer["FSDP1"].startswith(
+            "TypeError: a model inside FullyShardedDataParallel cannot be measured here: shard"
+        )
+        assert answer["DeepSpeed"].startswith("TypeError: a model inside DeepSpeedEngine cannot be measured here")
+        assert answer["alone"].startswith("ValueError: the weights are sharded over the ranks")
+        assert answer["pipeline"].startswith("RanksApartError: the ranks perturb different parameters")
 
 
 SCRIPT = """
