@@ -90,7 +90,7 @@ def is_spread(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that lies on several ranks, detached; any other is given back. Collective."""
-    return tensor.detach().full_tensor() if is_spread(tensor) else tensor  # type: ignore[operator]
+    return tensor.detach().full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _reduced(number: float) -> float:
