@@ -23,13 +23,16 @@ __all__ = [
     "Shared",
     "from_rank_zero",
     "is_spread",
+    "local_part",
     "on_every_rank",
     "rank",
     "resolve_ranks",
+    "shard_groups",
     "smallest",
     "sum_of",
     "sum_over_ranks",
     "whole",
+    "sum_over_shards",
     "world_size",
 ]
 
@@ -73,6 +76,33 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a ``DTensor``, in the same memory; any other tensor itself."""
+    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def shard_groups(tensor: Tensor) -> tuple[Any, ...]:
+    """The process groups over which a ``DTensor`` is cut in pieces; none for any other tensor.
+
+    Raises:
+        ValueError: its pieces are not parts, but terms of a sum.
+    """
+    if not is_spread(tensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(f"a tensor is the sum of what its ranks hold ({placements}): redistribute it first")
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if placement.is_shard())
+
+
+def sum_over_shards(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
+    """The sum over all pieces, by one collective for each group; ``tensor`` itself stays."""
+    total = tensor.clone() if groups else tensor
+    for group in groups:
+        torch.distributed.all_reduce(total, group=group)
+    return total
+
+
 def sum_of(number: float) -> float:
     """The sum of a number over all ranks, in float64."""
     return _reduced(number) if world_size() > 1 else number
@@ -85,7 +115,7 @@ def on_every_rank(holds: bool) -> bool:
 
 def is_spread(tensor: Tensor) -> bool:
     """Whether it lies on several ranks (a ``DTensor``)."""
-    return callable(getattr(tensor, "full_tensor", None))
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from .space import Select
 if TYPE_CHECKING:
     from .losses import LossFn
 
-__all__ = ["CSVSink", "JSONLSink", "Measurement", "SharpnessMonitor", "Sink", "gradient_norm"]
+__all__ = ["CSVSink", "JSONLSink", "Measurement", "SharpnessMonitor", "Sink", "gradient_norm", "norm_of"]
 
 HISTORY_KEPT = 200  # measurements in a checkpoint; sinks have all
 
@@ -48,6 +48,7 @@ class Measurement:
         notes: by name, a sentence on each number that failed or is not what was asked for; under "probe" why nothing was
             measured at all.
         seconds: what the measurement took.
+        loss_rule: how the loss came from model and batch, as a sentence; None without a loss.
     """
 
     step: int
@@ -58,6 +59,7 @@ class Measurement:
     standard_errors: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    loss_rule: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON: what is not finite as None."""
@@ -98,13 +100,15 @@ def gradient_norm(parameters: Optimizer | Iterable[Tensor]) -> Callable[[], floa
         each = tensors
         if isinstance(parameters, Optimizer):
             each = [parameter for group in parameters.param_groups for parameter in group["params"]]
-        found = [parameter.grad.detach() for parameter in each or () if parameter.grad is not None]
-        if not found:
-            return None
-        norms = [torch.linalg.vector_norm(_strided(gradient), dtype=torch.float64).cpu() for gradient in found]
-        return float(torch.linalg.vector_norm(torch.stack(norms)))
+        return norm_of(parameter.grad for parameter in each or () if parameter.grad is not None)
 
     return read
+
+
+def norm_of(gradients: Iterable[Tensor]) -> float | None:
+    """Of all together; None where there is none. Waits for the device."""
+    norms = [torch.linalg.vector_norm(_strided(one.detach()), dtype=torch.float64).cpu() for one in gradients]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else None
 
 
 def _strided(gradient: Tensor) -> Tensor:
@@ -414,4 +418,5 @@ def _from_report(report: SharpnessReport, progress: Progress) -> Measurement:
         {key: result.value for key, result in results},
         {key: result.standard_error for key, result in results if result.standard_error is not None},
         {key: f"{result.status.kind}: {result.status.message}" for key, result in results if result.status.kind in told},
+        loss_rule=report.provenance["loss_rule"],
     )

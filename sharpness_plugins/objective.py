@@ -311,7 +311,7 @@ class Objective:
 
         Exact, by the way that a probe chooses at the first product (``hvp.HessianProducts``); ``hvp_mode`` names it. Inside
         a ``session`` the graphs of the gradients are kept between products at the same point, as many as fit in
-        ``graph_bytes``: 2.1 gradients a product and not 3.1. Attention runs on the MATH backend, which alone has second
+        ``graph_bytes``: 1.6 gradients a product of ResNet-18 and not 2.6. Attention runs on the MATH backend, which alone has second
         derivatives. One pass.
 
         Raises:
@@ -325,15 +325,18 @@ class Objective:
                 modes.second_derivatives(self.module),
                 self.ranks.sharing("a product with the Hessian", (vector, perturbation)) as shared,
             ):
-                rows = torch.stack([self.space.check(row, "vector") for row in rows])
-                self._products.move_to(self._point(perturbation))
-                products = torch.zeros_like(rows)
+                checked = [self.space.check(row, "vector") for row in rows]
+                rows = checked[0][None] if len(checked) == 1 else torch.stack(checked)
+                away = None if perturbation is None else self.space.check(perturbation, "perturbation").detach()
+                self._products.move_to(self.origin, away)
+                total: Tensor | None = None
                 for batch in self._batches():
                     for found in self._product_parts.each(
                         batch, lambda part: self._products(rows, part, keep=keep), relief=self._products.relieve
                     ):
-                        products += found
-                shared.vector = products
+                        # a product is a new tensor, and to allocate and clear one more costs as much as to add to it
+                        total = found if total is None else total.add_(found)
+                shared.vector = torch.zeros_like(rows) if total is None else total  # a rank may have no batch
                 shared.numbers = [self._products.spent if self._source.first_rank == self.ranks.rank else 0.0]
             products, self._products.spent = shared.vector, shared.numbers[0]
         except BaseException:
