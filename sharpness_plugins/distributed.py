@@ -23,6 +23,7 @@ __all__ = [
     "Shared",
     "from_rank_zero",
     "is_spread",
+    "measuring",
     "local_part",
     "on_every_rank",
     "rank",
@@ -355,9 +356,14 @@ class Ranks:
 _measuring: list[Ranks] = []
 
 
+def measuring() -> Ranks:
+    """The ranks of the measurement that goes on; this process alone where none does."""
+    return _measuring[-1] if _measuring else Ranks()
+
+
 def smallest(number: int | None) -> int | None:
     """The smallest over the ranks of the measurement that goes on, if one does."""
-    return _measuring[-1].smallest(number) if _measuring else number
+    return measuring().smallest(number)
 
 
 def resolve_ranks(ranks: str | Ranks) -> Ranks:

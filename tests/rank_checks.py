@@ -27,9 +27,11 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from sharpness_plugins import BatchController, SharpnessMonitor, measure_sharpness
+from sharpness_plugins import BatchController, SharpnessMonitor, basis, measure_sharpness
 from sharpness_plugins.errors import LostRankError
 from sharpness_plugins.gauss_newton import OutputProducts
+from sharpness_plugins.krylov import LanczosRequest
+from sharpness_plugins.lanczos import lanczos
 from sharpness_plugins.metrics import (
     EpsilonBox,
     GaussNewtonTrace,
@@ -250,6 +252,32 @@ def counted(calls: Counter[str]) -> Iterator[None]:
     finally:
         for name, function in before.items():
             setattr(dist, name, function)
+
+
+def check_shared_basis(rank: int, world_size: int) -> dict[str, Any]:
+    """Each rank keeps its part of every vector, here also of short ones."""
+    objective = Objective(network(), own_part(rank, world_size))
+    basis.WORTH_SHARING, before = 0, basis.WORTH_SHARING
+    found: dict[str, Any] = {}
+    try:
+        for storage in ("full", "half", "host"):
+            request = LanczosRequest(k=3, max_basis=7, storage=storage, keep_basis=True, check_multiplicity=True)
+            with objective.session():
+                start = torch.ones(objective.dim, dtype=F64)
+                run = lanczos(objective.hvp, start, request)
+                found[storage] = [*run.values.tolist(), *(run.vectors.abs() @ start).tolist(), run.num_matvecs]
+                found[f"{storage} removed"] = run.remove(start).tolist()
+                assert run._basis is not None
+                found[f"{storage} bytes"] = run._basis.nbytes / len(run._basis)
+        metrics = [HessianTrace(method="hutch++"), HessianTrace(method="xtrace"), SpectralDensity()]
+        report = measure_sharpness(network(), own_part(rank, world_size), metrics)
+        found["metrics"] = [result.value for result in report.results.values()]
+        with quiet():
+            broken = measure_sharpness(network(), Breaking(rank, 12), "hessian_topk", cache_bytes=0)
+        found["broken"] = broken["hessian_topk"].status.message
+    finally:
+        basis.WORTH_SHARING = before
+    return found
 
 
 # ---------------------------------------------------------------------- what differs is found

@@ -19,6 +19,9 @@ import torch
 import rank_checks
 from sharpness_plugins import measure_sharpness
 from sharpness_plugins.distributed import Ranks
+from sharpness_plugins.krylov import LanczosRequest
+from sharpness_plugins.lanczos import lanczos
+from sharpness_plugins.metrics import HessianTrace, SpectralDensity
 from sharpness_plugins.objective import Objective
 
 ON_FOUR = (
@@ -30,6 +33,7 @@ ON_FOUR = (
     "work",
     "wrong_guesses",
     "fully_sharded",
+    "shared_basis",
 )
 SIZES = [2, 4]
 
@@ -151,6 +155,27 @@ def test_the_work_is_divided_and_an_evaluation_is_one_meeting(told, size):
     for answer in answers:
         assert answer["value"] == {"all_reduce": 1}
         assert answer["gradient"] == answer["products"] == {"all_reduce": 2}  # and one of the vectors
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_krylov_basis_is_spread_over_the_ranks(told, size):
+    """As eigenvalues, vectors and deflation of one process, in the memory of ``1 / size`` of each vector (57 numbers)."""
+    objective = Objective(rank_checks.network(), rank_checks.whole())
+    start = torch.ones(objective.dim, dtype=torch.float64)
+    metrics = [HessianTrace(method="hutch++"), HessianTrace(method="xtrace"), SpectralDensity()]
+    report = measure_sharpness(rank_checks.network(), rank_checks.whole(), metrics)
+    for rank, answer in enumerate(of(told, size, "shared_basis")):
+        for storage, tolerance in (("full", 1e-9), ("half", 1e-2), ("host", 1e-9)):
+            request = LanczosRequest(k=3, max_basis=7, storage=storage, keep_basis=True, check_multiplicity=True)
+            with objective.session():
+                run = lanczos(objective.hvp, start, request)
+            expected = [*run.values.tolist(), *(run.vectors.abs() @ start).tolist(), run.num_matvecs]
+            assert answer[storage] == pytest.approx(expected, rel=tolerance)
+            assert answer[f"{storage} removed"] == pytest.approx(run.remove(start).tolist(), rel=1e-6 + 20 * tolerance)
+            part = len(start) - rank * -(-len(start) // size) if rank == size - 1 else -(-len(start) // size)
+            assert answer[f"{storage} bytes"] == part * (2 if storage == "half" else 8)
+        assert answer["metrics"] == pytest.approx([result.value for result in report.results.values()], rel=1e-9)
+        assert answer["broken"] == "rank 1 failed: OSError: disk gone"
 
 
 # ---------------------------------------------------------------------- what differs is found
