@@ -117,6 +117,11 @@ class Objective:
                         raise ValueError("the weights are sharded over the ranks, so ranks='alone' cannot measure them")
                     wrappers.append("fully_shard")
                 self._batch_norm = batch_norm
+                if batch_norm == "batch" and world_size() > 1 and modes.has_synchronized_batch_norm(self.module):
+                    raise ValueError(
+                        "batch_norm='batch' with SyncBatchNorm on several ranks: its statistics are of the batches of all "
+                        "ranks, which need not have equally many. Use batch_norm='eval', or plain BatchNorm."
+                    )
                 # a loss that is a module has modes, too
                 self._modules = [self.module, *(part for part in (criterion, loss_fn) if isinstance(part, nn.Module))]
                 with torch.inference_mode(False):
@@ -311,8 +316,8 @@ class Objective:
 
         Exact, by the way that a probe chooses at the first product (``hvp.HessianProducts``); ``hvp_mode`` names it. Inside
         a ``session`` the graphs of the gradients are kept between products at the same point, as many as fit in
-        ``graph_bytes``: 1.6 gradients a product of ResNet-18 and not 2.6. Attention runs on the MATH backend, which alone has
-        second derivatives. One pass.
+        ``graph_bytes``: 1.6 gradients a product of ResNet-18 and not 2.6. Attention runs on the MATH backend, which alone
+        has second derivatives. One pass.
 
         Raises:
             SecondDerivativeError: no mode works on this model, or its second derivatives are wrong.

@@ -142,9 +142,9 @@ def _is_hooks(name: str, held: Any) -> bool:
 class TaskMonitor:
     """Counts the steps of the optimizer that a task trains with, and measures the task when it is due.
 
-    Found by itself: the first task that is called, the first optimizer that has parameters of it. It measures on rank 0,
-    on the model without its wrappers, so that no rank waits in a collective for another. The state lies in the
-    optimizer's first parameter group, which checkpoints hold and ``load_state_dict`` brings back.
+    Found by itself: the first task that is called, the first optimizer that has parameters of it. All ranks measure
+    together, each on its own batches, on the model without its wrappers. The state lies in the optimizer's first parameter
+    group, which checkpoints hold and ``load_state_dict`` brings back.
 
     Args:
         probe: what to measure on; None for the first batches of training, as augmented and mixed as they were.
