@@ -161,8 +161,9 @@ class SharpnessReport(Mapping[str, MetricResult]):
         p = {key: value for key, value in self.provenance.items() if value is not None}
         if "num_samples" not in p:
             return f"Loss {self.loss:.6g}"
+        data = f"{p['num_samples']:,} samples" + (f" on {p['ranks']} ranks" if p.get("ranks", 1) > 1 else "")
         return (
-            f"Sharpness of {p.get('model', 'the model')}: {p.get('dim', 0):,} parameters, {p['num_samples']:,} samples, "
+            f"Sharpness of {p.get('model', 'the model')}: {p.get('dim', 0):,} parameters, {data}, "
             f"mean loss {self.loss:.6g} ({p.get('loss_rule', 'loss rule unknown')})"
         )
 
