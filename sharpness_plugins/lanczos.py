@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import reductions, sampling
+from . import distributed, reductions, sampling
 from .basis import Basis, bytes_per_vector
 from .krylov import HALF_ROUNDING, Ending, LanczosRequest, LanczosResult
 from .memory import free_bytes
@@ -124,8 +124,9 @@ class _Run:
         expected = self._couplings.to(w.device, copy=True)
         expected[last] = reductions.dot(self._vector, w)
         first = int(coupled[0]) if len(coupled) else last
-        # what was multiplied is not needed any more, and a new vector costs as much as a sweep over one that is there
-        w, lacked, square = self._basis.orthogonalize(w, self._filled, expected, first, out=self._vector)
+        # to where the next vector is kept, if there is room: to copy it costs as much as a sweep over two vectors
+        out = self._basis.room(self._filled, self._vector)
+        w, lacked, square = self._basis.orthogonalize(w, self._filled, expected, first, out=out)
         told = torch.cat([expected, lacked, square[None]]).cpu()  # the one transfer of the step
         if not torch.isfinite(told).all():
             raise ArithmeticError(
@@ -354,6 +355,7 @@ def _basis_size(start: Tensor, request: LanczosRequest, wanted: int) -> int:
     free, budget = request.basis_bytes, request.basis_bytes
     if budget is None:
         free = free_bytes(torch.device("cpu") if request.storage == "host" else start.device)
+        free = distributed.smallest(free)  # the run must restart at the same steps on all ranks
         budget = None if free is None else free // 2  # the products need memory, too
     if free is None or budget is None or size * per_vector <= budget:
         return size

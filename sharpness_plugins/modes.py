@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import sampling
+from . import sampling, sharded
 from .interrupts import surely
 
-__all__ = ["evaluation", "has_batch_norm", "second_derivatives"]
+__all__ = ["evaluation", "has_batch_norm", "has_synchronized_batch_norm", "second_derivatives"]
 
 _ONE_AT_A_TIME = threading.RLock()
 _FLAGS = ("training", "sparse", "padding_idx", "scale_grad_by_freq")
@@ -49,6 +49,7 @@ def evaluation(
 
 
 def _enter(stack: contextlib.ExitStack, tree: list[nn.Module], device: torch.device, *, batch_statistics: bool) -> None:
+    stack.enter_context(sharded.without_sharding(tree))
     # reentrant checkpointing cuts the weights out of the graph; without it, a layer is simply computed
     checkpointing = importlib.import_module("torch.utils.checkpoint")
     stack.enter_context(_replaced(checkpointing, "CheckpointFunction", _NoCheckpoint))
@@ -96,6 +97,10 @@ def second_derivatives(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def has_synchronized_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
+
+
 def has_batch_norm(module: nn.Module, *, without_running_statistics: bool = False) -> bool:
     found = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     return any(m.running_mean is None for m in found) if without_running_statistics else bool(found)
@@ -139,6 +144,7 @@ def _switches(device: torch.device) -> Callable[[], None]:
         (name, getattr(backends.cuda, f"{name}_sdp_enabled")()) for name in ("flash", "mem_efficient", "math", "cudnn")
     ]
     gradients = torch.is_grad_enabled()
+    function_modes = _num_function_modes()
     on_cuda = device.type == "cuda"
     if on_cuda:
         matmul = torch.get_float32_matmul_precision()
@@ -146,6 +152,8 @@ def _switches(device: torch.device) -> Callable[[], None]:
 
     def restore() -> None:
         torch.set_grad_enabled(gradients)
+        while _num_function_modes() > function_modes:  # Ctrl-C may fall between entering one and the code inside of it
+            torch._C._pop_torch_function_stack()
         backends.mha.set_fastpath_enabled(fast_path)
         backends.mkldnn.enabled = onednn
         for name, enabled in attention:
@@ -155,6 +163,10 @@ def _switches(device: torch.device) -> Callable[[], None]:
             backends.cudnn.enabled, backends.cudnn.allow_tf32 = cudnn, conv
 
     return restore
+
+
+def _num_function_modes() -> int:
+    return int(torch._C._len_torch_function_stack())
 
 
 @contextlib.contextmanager

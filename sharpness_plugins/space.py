@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .errors import did_you_mean
 
 __all__ = ["ParameterSpace", "Select"]
@@ -20,6 +21,8 @@ _HALF = (torch.float16, torch.bfloat16)
 
 class ParameterSpace:
     """The trainable parameters that ``select`` names, as one flat vector; the others and the buffers as constants.
+
+    Those that ``fully_shard`` has spread over the ranks are gathered: every rank has all of the vector.
 
     Frozen parameters (``requires_grad=False``) are left out; tied ones appear once, under their first name, and are
     selected when any of their names matches. Half-precision tensors are represented in float32. Nothing here writes to
@@ -77,10 +80,10 @@ class ParameterSpace:
         self._buffers = {name: self._constant(buffer) for name, buffer in model.named_buffers()}
 
     def _flat(self, parameter: Tensor) -> Tensor:
-        return parameter.detach().reshape(-1).to(self.device, self.dtype, copy=True)
+        return distributed.whole(parameter).detach().reshape(-1).to(self.device, self.dtype, copy=True)
 
     def _constant(self, tensor: Tensor) -> Tensor:
-        constant = tensor.detach().to(device=self._device or tensor.device, dtype=_full(tensor.dtype))
+        constant = distributed.whole(tensor).detach().to(device=self._device or tensor.device, dtype=_full(tensor.dtype))
         return constant.clone() if constant.is_inference() else constant
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
@@ -107,6 +110,18 @@ class ParameterSpace:
     def constants(self) -> list[str]:
         """Names of the parameters that are not perturbed."""
         return list(self._constants)
+
+    def constant(self, name: str) -> Tensor:
+        return self._constants[name]
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """The buffers that the model is evaluated with; not the model's own where they were set."""
+        return self._buffers
+
+    def set_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Evaluate with these instead."""
+        self._buffers |= {name: buffer.to(self._buffers[name]) for name, buffer in buffers.items()}
 
     def check(self, vector: Tensor, role: str) -> Tensor:
         """``vector`` in the dtype and device of the space.

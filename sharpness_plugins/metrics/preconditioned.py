@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from .. import distributed
 from ..krylov_pass import KrylovNeed, KrylovPass
 from ..objective import Objective
 from ..operators import Curvature
 from ..report import MetricResult
+from ..schema import check_types
+from .claims import of_curvature
 from .eigenpairs import topk_request, topk_result
 
 __all__ = ["PreconditionedTopK", "Preconditioner", "preconditioner_of"]
@@ -67,8 +70,10 @@ class PreconditionedTopK:
     hvp: str | None = None
 
     name: ClassVar[str] = "preconditioned_topk"
+    invariances: ClassVar[frozenset[str]] = of_curvature(adaptive=False)
 
     def __post_init__(self) -> None:
+        check_types(self)
         _unwrapped(self.optimizer)
         self._need()
 
@@ -196,7 +201,7 @@ def _preconditioner(optimizer: Optimizer, parameter: Tensor, group: dict[str, An
     state = optimizer.state[parameter]
     step = float(state["step"])
     beta1, beta2 = (float(beta) for beta in group["betas"])
-    square: Tensor = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].detach().double()
+    square = distributed.whole(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]).detach().double()
     bias: float = 1 - beta1**step
     denominator: Tensor = (square / (1 - beta2**step)).sqrt() + float(group["eps"])
     return denominator * bias

@@ -102,8 +102,8 @@ class SharpnessAware(OptimizerAround):
         num_steps: steps taken.
         num_skipped: steps left out because a gradient was not finite.
         surrogate_gap: see there.
-    Memory: a copy of the weights during an ascent; what the rule remembers; where it mixes gradients, the first one. What
-        ``.grad`` holds before ``step(closure)`` comes back if the closure fails, so it takes space until then.
+    Memory: a copy of the weights, from the first ascent on; what the rule remembers; where it mixes gradients, the first
+        one. What ``.grad`` holds before ``step(closure)`` comes back if the closure fails, so it takes space until then.
     Cost: ``gradients_per_step`` forward and backward passes; 28 bytes per parameter and ascent in float32, and 4 to see that
         the gradient is finite, for which the step waits once for the device.
     Raises:
@@ -111,7 +111,7 @@ class SharpnessAware(OptimizerAround):
     """
 
     _group_keys = ("rho", "rho_is_own")
-    _left_out = ("_modules", "_pending", "_rewind", "_scaler", "_group")
+    _left_out = ("_modules", "_pending", "_rewind", "_room", "_scaler", "_group")
 
     def __init__(
         self,
@@ -149,6 +149,7 @@ class SharpnessAware(OptimizerAround):
         self._modules = Modules(None)
         self._pending: Making | None = None
         self._rewind: Callable[[], None] | None = None
+        self._room: dict[Tensor, Tensor] = {}
 
     def _complete_groups(self) -> None:
         for group in self.param_groups:
@@ -371,7 +372,7 @@ class SharpnessAware(OptimizerAround):
         parameters = [parameter for parameter in self._parameters() if parameter.grad is not None]
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
-        return bool(torch.isfinite(Sums([parameter.detach() for parameter in parameters], self._group).norm(dense)))
+        return Sums([parameter.detach() for parameter in parameters], self._group).are_finite(dense)
 
     def give_up(self) -> None:
         """The step in the making is none: a step of ``base`` now is not counted, and what the rule remembers stays."""
@@ -427,6 +428,7 @@ class SharpnessAware(OptimizerAround):
             rewind=None,
             group=self._group,
             is_local=bool(distributed.world_size() > 1 and (self.perturb == "local" or (self.m and replicated))),
+            room=self._room,
             replicas=getattr(replicated[0], "process_group", None) if replicated else None,
         )
 

@@ -13,6 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..schema import check_types
+
 __all__ = [
     "ASAM",
     "FSAM",
@@ -160,6 +162,7 @@ class ASAM(Rule):
     eta: float = 0.01
 
     def __post_init__(self) -> None:
+        check_types(self)
         _at_least("eta", self.eta, 0.0)
 
     def metric(self, step: Step) -> float:
@@ -177,6 +180,7 @@ class GSAM(Rule):
     alpha: float = 0.4
 
     def __post_init__(self) -> None:
+        check_types(self)
         _at_least("alpha", self.alpha, 0.0)
 
     def combine(self, step: Step) -> Tensors:
@@ -200,6 +204,7 @@ class WSAM(Rule):
     decoupled: bool = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.gamma < 1:
             raise ValueError(f"gamma must be in [0, 1), got {self.gamma}")
 
@@ -230,6 +235,7 @@ class FSAM(Rule):
     decay: float = 0.9
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {self.decay}")
 
@@ -262,6 +268,7 @@ class LookSAM(Rule):
     alpha: float = 0.7
 
     def __post_init__(self) -> None:
+        check_types(self)
         _at_least("k", self.k, 1)
         _at_least("alpha", self.alpha, 0.0)
 
@@ -317,6 +324,7 @@ class KStepSAM(Rule):
     step: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         _at_least("k", self.k, 1)
         if self.step is not None and not 0 < self.step <= 1:
             raise ValueError(f"step must be in (0, 1], got {self.step}")
