@@ -526,6 +526,7 @@ def test_an_ascent_that_was_not_entered_is_told():
         (lambda p: SharpnessAware(SGD(p, lr=0.1), SAM), TypeError, r"an instance such as SAM\(\)"),
         (lambda p: SharpnessAware(SharpnessAware(SGD(p, lr=0.1), SAM()), SAM()), TypeError, "first-order"),
         (lambda p: SharpnessAware(torch.optim.LBFGS(p), SAM()), TypeError, "LBFGS"),
+        (lambda p: SharpnessAware(SGD(p, lr=0.1, maximize=True), SAM()), ValueError, "minimize the negative"),
         (lambda p: SharpnessAware(SGD(p, lr=0.1), SAM(), rho=-0.1), ValueError, "not negative, got -0.1"),
         (lambda p: SharpnessAware(SGD(p, lr=0.1), SAM(), rho=math.nan), ValueError, "got nan"),
         (lambda p: SharpnessAware(SGD(p, lr=0.1), SAM(), m=0), ValueError, "at least 1, got 0"),

@@ -75,7 +75,8 @@ class OptimizerAround(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state of ``base``, and under ``"sharpness_aware"`` what is added to it; loads with ``weights_only=True``.
 
-        ``base`` alone loads it, too. Of functions of the step it holds the current values only.
+        ``base`` alone loads it, too. Of functions of the step it holds the current values only; of sharded parameters, what
+        this rank has.
         """
         for hook in list(self._optimizer_state_dict_pre_hooks.values()):
             hook(self)

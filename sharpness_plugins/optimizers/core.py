@@ -339,7 +339,8 @@ class SharpnessAware(OptimizerAround):
     def ascents(self, *, scale: Tensor | float | None = None, evaluated: bool | None = None) -> Iterator[Uphill]:
         """The contexts in which this step's further gradients are made; the first one is in ``.grad``. None in some steps.
 
-        After the loop has ended, ``.grad`` is what ``base`` steps with.
+        After the loop has ended, ``.grad`` is what ``base`` steps with. Each pass evaluates all micro-batches of the step, and
+        leaves its gradients scaled as the first one's are: ``scaler.unscale_`` and clipping come after the loop.
 
         Args:
             scale: what the losses of this step are multiplied with; None for what the ``scaler`` says, or 1.
@@ -592,6 +593,8 @@ def _check(base: Optimizer, rule: Rule, m: int | None, interval: int, perturb: s
         raise TypeError(f"base is an optimizer, built as without sharpness: SGD(model.parameters(), ...); got {base!r}")
     if isinstance(base, (SharpnessAware, torch.optim.LBFGS)):
         raise TypeError(f"base must be a first-order optimizer that steps without a closure, got {type(base).__name__}")
+    if any(group.get("maximize") for group in base.param_groups):
+        raise ValueError("base has maximize=True, and uphill is where a loss grows: minimize the negative of it instead")
     if not isinstance(rule, Rule):
         raise TypeError(f"rule is an instance such as SAM(); got {rule!r}")
     if m is not None and not (isinstance(m, int) and m >= 1):
