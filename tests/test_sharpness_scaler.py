@@ -70,6 +70,9 @@ class Loop:
         optimizer = self.optimizer
         if self.form == "closure":
             optimizer.step(lambda: self.backward(data))
+        elif self.form == "gradient":
+            optimizer.gradient(lambda: self.backward(data))
+            self.clip_and_step()
         else:
             optimizer.zero_grad()
             if optimizer.rule.needs_gradient or not optimizer.next_ascents:
@@ -77,11 +80,14 @@ class Loop:
             for ascent in optimizer.ascents():
                 with ascent:
                     self.backward(data)
-            if self.clip is not None:
-                self.scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-            self.scaler.step(optimizer)
+            self.clip_and_step()
         self.scaler.update()
+
+    def clip_and_step(self):
+        if self.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.scaler.step(self.optimizer)
 
     def weights(self):
         return flat(self.model.parameters())
@@ -118,9 +124,10 @@ def test_t8_half_precision_trains(rule, dtype, form):
     assert (moved - expected).norm() < 0.1 * expected.norm()
 
 
+@pytest.mark.parametrize("form", ["by hand", "gradient"])
 @pytest.mark.parametrize("base", ["sgd", "fused_adam"])
-def test_clipping_of_the_unscaled_gradient(base):
-    loop, plain = Loop(GSAM(), base, clip=0.05), Loop(GSAM(), base, enabled=False, clip=0.05)
+def test_clipping_of_the_unscaled_gradient(base, form):
+    loop, plain = Loop(GSAM(), base, clip=0.05, form=form), Loop(GSAM(), base, enabled=False, clip=0.05)
     for number in range(4):
         for one in (loop, plain):
             one.step(batch(number))

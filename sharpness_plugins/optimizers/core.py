@@ -339,8 +339,8 @@ class SharpnessAware(OptimizerAround):
     def ascents(self, *, scale: Tensor | float | None = None, evaluated: bool | None = None) -> Iterator[Uphill]:
         """The contexts in which this step's further gradients are made; the first one is in ``.grad``. None in some steps.
 
-        After the loop has ended, ``.grad`` is what ``base`` steps with. Each pass evaluates all micro-batches of the step, and
-        leaves its gradients scaled as the first one's are: ``scaler.unscale_`` and clipping come after the loop.
+        After the loop has ended, ``.grad`` is what ``base`` steps with. Each pass evaluates all micro-batches of the step,
+        and leaves its gradients scaled as the first one's are: ``scaler.unscale_`` and clipping come after the loop.
 
         Args:
             scale: what the losses of this step are multiplied with; None for what the ``scaler`` says, or 1.
