@@ -316,7 +316,7 @@ class Objective:
 
         Exact, by the way that a probe chooses at the first product (``hvp.HessianProducts``); ``hvp_mode`` names it. Inside
         a ``session`` the graphs of the gradients are kept between products at the same point, as many as fit in
-        ``graph_bytes``: 1.6 gradients a product of ResNet-18 and not 2.6. Attention runs on the MATH backend, which alone
+        ``graph_bytes``: 1.5 gradients a product of ResNet-18 and not 2.5. Attention runs on the MATH backend, which alone
         has second derivatives. One pass.
 
         Raises:
