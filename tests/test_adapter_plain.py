@@ -270,6 +270,45 @@ def test_a_sharpness_aware_optimizer_shows_its_gap_and_its_base_is_the_clock():
     assert [made.values["gradient_norm"] for made in run.history] == norms
 
 
+@pytest.mark.parametrize("schedule", [None, "0:10 1ep:25"])
+def test_ignites_engine_is_measured_and_told_of_batch_sizes(schedule):  # which counts batches once, and replays data
+    ignite = pytest.importorskip("ignite.engine", reason="Ignite is not installed: pip install pytorch-ignite")
+
+    def train(measured):
+        model, optimizer, loader = parts()
+        seen = []
+
+        def update(engine, batch):
+            seen.append((engine.state.epoch, len(batch[0])))
+            optimizer.zero_grad()
+            loss_fn(model, batch).backward()
+            optimizer.step()
+
+        engine = ignite.Engine(update)
+        asked = {"metrics": slope, "loss_fn": loss_fn, "every": "1ep", "budget": None, "schedule": schedule}
+        with attach(model, optimizer, loader, **asked) if measured else contextlib.nullcontext() as run:
+            if schedule is not None:
+
+                @engine.on(ignite.Events.EPOCH_STARTED)
+                def follow(engine):
+                    run.controller.decide()
+                    engine.state.epoch_length = len(run.loader)
+                    engine.state.iteration = (engine.state.epoch - 1) * len(run.loader)
+
+            engine.run(loader, max_epochs=3)
+        return model.state_dict(), run, seen
+
+    after, run, seen = train(measured=True)
+    assert [made.samples for made in run.history] == [10, 100, 200, 300]
+    if schedule is not None:
+        assert seen == [(1, 10)] * 10 + [(2, 25)] * 4 + [(3, 25)] * 4
+        assert (run.controller.step, run.controller.samples) == (18, 300)
+        return
+    assert seen == [(epoch, 10) for epoch in (1, 2, 3) for _ in range(10)]
+    plain, _, _ = train(measured=False)
+    assert all(torch.equal(after[name], plain[name]) for name in plain)
+
+
 def test_steps_that_nobody_sees_are_said_at_the_end():
     model, optimizer, loader = parts()
     optimizer = Bare(optimizer)
