@@ -86,8 +86,8 @@ def attach(
     With a schedule the loader's samples come in an order keyed by its seed and the epoch, and an epoch that the loop leaves
     in the middle goes on with its next ``for``. A loop that accumulates ``k`` batches trains with ``k`` times what the
     schedule says. Batches larger than memory need a loop that knows of accumulation: ``BatchController(...,
-    max_micro_batch=...)``. An engine that counts the batches of an epoch once is told at the beginning of each one, Ignite in
-    a handler of ``EPOCH_STARTED``::
+    max_micro_batch=...)``. An engine that counts the batches of an epoch once is told at the beginning of each one: Ignite
+    in a handler of ``EPOCH_STARTED``::
 
         run.controller.decide()
         engine.state.epoch_length = len(run.loader)
