@@ -61,11 +61,24 @@ class Basis:
     def nbytes(self) -> int:
         return self._rows.numel() * self._rows.element_size()
 
+    def room(self, position: int, spare: Tensor) -> Tensor | None:
+        """Where to write what may be stored at ``position``: its row, which then needs no copy; None for a new vector.
+
+        Args:
+            spare: a vector that is not needed any more, and a row only where rows are as vectors are.
+        """
+        if self._ranks.size > 1:
+            return spare
+        if self._scale != 1.0 or self._rows.device != self._like.device or self._rows.dtype != self._like.dtype:
+            return spare
+        return self._rows[position] if position < len(self) else None
+
     def store(self, position: int, vector: Tensor) -> Tensor:
         """Keep ``vector`` in a row; returns it as it is kept (rounded, for "half")."""
         row, own = self._rows[position], vector[self._own]
         if self._scale == 1.0:
-            row.copy_(own)
+            if own.data_ptr() != row.data_ptr():
+                row.copy_(own)
             return vector
         for columns in self._blocks():
             row[columns] = own[columns] * self._scale

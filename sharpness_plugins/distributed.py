@@ -25,6 +25,7 @@ __all__ = [
     "is_spread",
     "measuring",
     "local_part",
+    "mean_over_ranks",
     "on_every_rank",
     "rank",
     "resolve_ranks",
@@ -68,13 +69,27 @@ def from_rank_zero(value: Any) -> Any:
     return box[0]
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
+def sum_over_ranks(tensor: Tensor, group: Any = None) -> Tensor:
     """The sum over all ranks, which must all call it with the same shape and dtype; ``tensor`` itself stays."""
     if world_size() == 1:
         return tensor
     total = tensor.clone()
-    torch.distributed.all_reduce(total)
+    torch.distributed.all_reduce(total, group=group)
     return total
+
+
+def mean_over_ranks(tensors: Sequence[Tensor], group: Any = None) -> list[Tensor]:
+    """The means over all ranks of each, by one collective for each dtype and device; the tensors themselves stay."""
+    made = list(tensors)
+    kinds: dict[tuple[Any, Any], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
+    for indices in kinds.values():
+        flat = torch.cat([tensors[index].reshape(-1) for index in indices])
+        mean = sum_over_ranks(flat, group) / torch.distributed.get_world_size(group)
+        for index, part in zip(indices, mean.split([tensors[index].numel() for index in indices]), strict=True):
+            made[index] = part.view(tensors[index].shape)
+    return made
 
 
 def local_part(tensor: Tensor) -> Tensor:

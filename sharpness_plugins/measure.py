@@ -20,7 +20,7 @@ from . import registry, sampling
 from .distributed import resolve_ranks
 from .errors import LostRankError, PluginWarning
 from .krylov_pass import KrylovSharing
-from .losses import LossFn
+from .losses import LossFn, unwrap
 from .objective import Objective
 from .progress import ProgressEvent, ProgressListener, resolve_listener
 from .registry import Metric
@@ -95,6 +95,7 @@ def measure_sharpness(
         with group.sharing("choosing metrics"):
             chosen = resolve_metrics(metrics)
             listener = resolve_listener(progress if group.rank == 0 or callable(progress) else False)
+            model = _trained(model)
         asked = {
             key: {k: v for k, v in registry.metric_settings(metric).items() if isinstance(v, _PLAIN)}
             for key, metric in chosen.items()
@@ -164,6 +165,12 @@ def _measure_one(key: str, metric: Metric, objective: Objective, seed: int, shar
         where = f" (plugin {origin[0]!r} from {origin[1]} {origin[2]})" if origin and origin[1] else ""
         warnings.warn(f"metric {key!r}{where} failed: {shared.status.message}", PluginWarning, stacklevel=3)
     return shared
+
+
+def _trained(model: nn.Module) -> nn.Module:
+    """What a plugin that knows the kind says is trained of it."""
+    found: nn.Module | None = registry.first_answer("sharpness_unwrap_model", model=unwrap(model)[0])
+    return model if found is None else found
 
 
 def _ask_plugins(model: nn.Module, batch: Any, criterion: Any) -> LossFn | None:

@@ -19,7 +19,7 @@ from ..micro_batches import Part
 from ..noise_scale import NoiseScaleEstimate
 from ..objective import Objective
 from ..report import Kind, MetricResult, Status
-from ..specs import check_types
+from ..schema import check_types
 from .claims import of_curvature
 
 __all__ = ["POPULATIONS", "GradientNoiseScale"]
