@@ -264,7 +264,7 @@ class BatchSource:
             with contextlib.suppress(TypeError):
                 rows = rows_of(batch.data, slice(begin, end), of=count)
         if rows is not None and count is not None:
-            self._num_pieces += piece > 0 and end > begin
+            self._num_pieces += begin > 0 and end > begin
             if end > begin:
                 yield batch._replace(data=rows, num_samples=end - begin)
         elif piece == 0:
