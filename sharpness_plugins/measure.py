@@ -32,6 +32,8 @@ __all__ = ["DEFAULT_METRICS", "Metrics", "measure_sharpness", "resolve_metrics"]
 # by their qualified names: a plugin that offers one of these names makes the bare name ambiguous, but not this call
 DEFAULT_METRICS = ("builtin:epsilon_box", "builtin:random_subspace", "builtin:hessian_topk")
 
+_PLAIN = (int, float, str, bool, type(None))
+
 Metrics: TypeAlias = "str | Metric | Iterable[str | Metric] | Mapping[str, str | Metric] | None"
 
 
@@ -94,7 +96,11 @@ def measure_sharpness(
             chosen = resolve_metrics(metrics)
             listener = resolve_listener(progress if group.rank == 0 or callable(progress) else False)
             model = _trained(model)
-        group.agree("metrics", list(chosen))
+        asked = {
+            key: {k: v for k, v in registry.metric_settings(metric).items() if isinstance(v, _PLAIN)}
+            for key, metric in chosen.items()
+        }
+        group.agree("metrics and settings", [asked, seed, batch_norm, max_samples])
         objective = Objective(
             model,
             loader,
@@ -223,10 +229,7 @@ def _provenance(objective: Objective, chosen: Mapping[str, Metric], seed: int) -
         plugin, distribution, version = registry.metric_provenance(metric) or ("this session", "", "")
         measured[key] = {
             "metric": registry.metric_name(metric),
-            "settings": {
-                k: v if isinstance(v, (int, float, str, bool, type(None))) else repr(v)
-                for k, v in registry.metric_settings(metric).items()
-            },
+            "settings": {k: v if isinstance(v, _PLAIN) else repr(v) for k, v in registry.metric_settings(metric).items()},
             "plugin": plugin,
             "distribution": distribution,
             "version": version,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import agreement, modes, sampling, sharded
-from .batches import Batch, BatchSource
+from .batches import Batch
 from .distributed import Ranks, resolve_ranks, world_size
 from .errors import RemoteFailureError
 from .evaluation import Evaluator, LossSums, joined, mean_of
@@ -23,6 +23,7 @@ from .progress import ProgressEvent, ProgressListener
 from .report import Cost
 from .shares import share_of
 from .sketch import Sketch
+from .source import BatchSource
 from .space import ParameterSpace, Select
 
 __all__ = ["BATCH_NORM_POLICIES", "Objective"]
@@ -53,7 +54,7 @@ class Objective:
             batching). It matters: measured, 9 to 40 times in ε-box sharpness.
         max_samples: use the first so many samples.
         device: where to evaluate; None for the device of the parameters.
-        cache_bytes: see ``batches.BatchSource``.
+        cache_bytes: see ``source.BatchSource``.
         seed: of shuffling and augmenting loaders.
         plugin_rule: asked for a loss after ``loss_fn`` and ``criterion``.
         listener: receives a ``ProgressEvent`` after every batch.

@@ -10,8 +10,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from . import sampling
-from .batches import BatchSource, count_samples
+from .batches import count_samples
 from .errors import LoaderError
+from .source import BatchSource
 
 __all__ = ["num_probe_samples", "probe_batches"]
 
