@@ -225,7 +225,7 @@ def trained(fault: dict[str, Any], *, monitored: bool) -> tuple[list[torch.Tenso
     )
     loader = DataLoader(TensorDataset(*data()), batch_size=16, shuffle=True)
     step = 0
-    for _ in range(3):
+    for _ in range(2):
         for x, y in loader:
             optimizer.zero_grad()
             functional.cross_entropy(model(x), y).backward()
@@ -249,7 +249,7 @@ def test_training_goes_on_bit_for_bit_and_the_fault_is_in_the_history(what):
     plain, plain_states, _ = trained(fault, monitored=False)
     assert all(map(torch.equal, tensors, plain))
     assert states == plain_states
-    assert len(monitor.history) == 4, "no measurement is missing"
+    assert [made.step for made in monitor.history] == [1, 3, 6], "no measurement is missing"
     for made in monitor.history:
         assert made.values["lr"] == 0.1, "what cost nothing is recorded"
         if "told" in fault:

@@ -21,11 +21,11 @@ from sharpness_plugins.testing import ConformanceError, Verdict, check_metric
 
 OWN = (
     built_in.EpsilonBox(),
-    built_in.RandomSubspace(),
+    built_in.RandomSubspace(draws=3),
     built_in.HessianTopK(),
     built_in.HessianBottom(),
     built_in.HessianTrace(),
-    built_in.HessianTrace(num_matvecs=60, method="hutchinson", adaptive=True),
+    built_in.HessianTrace(num_matvecs=40, method="hutchinson", adaptive=True),
     built_in.HessianFrobenius(),
     built_in.SpectralDensity(),
     built_in.GaussNewtonTopK(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import tempfile
 import warnings
@@ -51,15 +50,13 @@ def _measure(rank: int, num_ranks: int, folder: str, sent: bytes) -> None:
     try:
         metric, problem = pickle.loads(sent), problems.classifier()
         inputs, targets = problem.loader[0]
-        rest = torch.tensor_split(torch.arange(_FIRST, len(targets)), max(num_ranks - 1, 1))
-        rows = torch.arange(_FIRST) if rank == 0 else rest[rank - 1]
-        if num_ranks == 1:
-            rows = torch.arange(len(targets))
+        others = torch.tensor_split(torch.arange(_FIRST, len(targets)), num_ranks - 1)
+        rows = (torch.arange(_FIRST), *others)[rank]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             report = measure_sharpness(
                 problem.model, [(inputs[rows], targets[rows])], {"it": metric}, progress=False, ranks="own data"
             )
-        (Path(folder) / f"{rank}.json").write_text(json.dumps(report.to_dict()))
+        (Path(folder) / f"{rank}.json").write_text(report.to_json())
     finally:
         torch.distributed.destroy_process_group()
