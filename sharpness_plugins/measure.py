@@ -155,6 +155,8 @@ def _measure_one(key: str, metric: Metric, objective: Objective, seed: int, shar
         raise
     except Exception as error:
         failed, result = error, MetricResult.failed("")
+    except SystemExit as stop:  # of a script that was made a metric; it must not end the training around it
+        failed, result = RuntimeError(f"it called sys.exit({stop.code!r})"), MetricResult.failed("")
     if failure := ranks.close(key, failed, result.value):
         if registry.is_strict():
             raise failure[0]
