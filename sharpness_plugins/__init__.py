@@ -18,11 +18,13 @@ if TYPE_CHECKING:
         DuplicateNameError,
         LoaderError,
         LossRuleError,
+        MeasurementStopped,
         MeasurementWarning,
         NonFiniteLossError,
         PluginWarning,
         SecondDerivativeError,
         SharpnessError,
+        StateFileError,
         UnknownNameError,
     )
     from .measure import measure_sharpness
@@ -85,8 +87,10 @@ __all__ = [
     "LossRuleError",
     "NonFiniteLossError",
     "SecondDerivativeError",
+    "StateFileError",
     "UnknownNameError",
     "DuplicateNameError",
+    "MeasurementStopped",
     "MeasurementWarning",
     "PluginWarning",
 ]

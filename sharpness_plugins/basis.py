@@ -45,6 +45,13 @@ class Basis:
     def nbytes(self) -> int:
         return self._rows.numel() * self._rows.element_size()
 
+    def state(self, filled: int) -> Tensor:
+        """The first rows as they are kept; a view."""
+        return self._rows[:filled]
+
+    def set_state(self, rows: Tensor) -> None:
+        self._rows[: len(rows)] = rows
+
     def store(self, position: int, vector: Tensor) -> Tensor:
         """Keep ``vector`` in a row; returns it as it is kept (rounded, for "half")."""
         row = self._rows[position]

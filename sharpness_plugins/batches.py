@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -174,6 +175,10 @@ class _Fingerprint:
                 per_sample = torch.nan_to_num(some.to(torch.float64), nan=0.5, posinf=1.0, neginf=-1.0) @ weights
                 self._sums.append(torch.stack([per_sample.sum(), per_sample.square().sum(), per_sample.abs().sum()]).cpu())
 
+    def checksum(self) -> str:
+        sums = [f"{number:.9e}" for row in self._sums for number in row.tolist()]
+        return hashlib.sha256(repr((self.num_batches, self.num_samples, sums)).encode()).hexdigest()
+
     def difference(self, other: _Fingerprint) -> str | None:
         """What another pass gave that the first did not, as a clause; None where they agree."""
         if other.num_samples != self.num_samples:
@@ -248,6 +253,10 @@ class BatchSource:
     @property
     def num_samples(self) -> int:
         return self._first.num_samples
+
+    def checksum(self) -> str:
+        """Of the samples and their batches, up to the rounding of sums."""
+        return self._first.checksum()
 
     def load(self) -> None:
         """The first pass: counts, fills the cache, and checks that a second pass gives the same samples."""

@@ -58,8 +58,8 @@ class CommandError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0: fine; 1: an error that the user can mend, in one line on standard error; 2: a metric failed, with the report
-    printed all the same; 130: interrupted.
+    0: fine; 1: an error that the user can mend, in one line on standard error; 2: a metric failed or was stopped at a time
+    limit, with the report printed all the same; 130: interrupted by Ctrl-C, with the report as far as it came.
     """
     try:
         arguments = _parser().parse_args(argv)
@@ -218,6 +218,16 @@ def _add_measure(commands: Any) -> None:
     measure.add_argument("--max-samples", type=int, metavar="N", help="use at most the first N samples")
     measure.add_argument("--seed", type=int, metavar="N", help="default: 0")
     measure.add_argument("--device", help="default: where the model is")
+    measure.add_argument(
+        "--time-limit", type=float, metavar="S", help="stop after so many seconds, with what there is by then"
+    )
+    measure.add_argument("--metric-time-limit", type=float, metavar="S", help="the same for each metric")
+    measure.add_argument(
+        "--state-file",
+        type=Path,
+        metavar="FILE",
+        help="keep the state of the measurement here, and go on from it if it is there, after a kill to the same numbers",
+    )
     measure.add_argument("--json", metavar="FILE", help="also write the report as JSON; - prints it instead of the table")
     measure.add_argument("--quiet", action="store_true", help="no progress")
     measure.set_defaults(command=_measure)
@@ -359,20 +369,28 @@ def _measure(arguments: argparse.Namespace) -> int:
                 load_checkpoint(settings["model"], arguments.checkpoint)
         if asked:
             settings["metrics"] = [_metric(name, given) for name, given in asked]
-        for name in ("select", "batch_norm", "max_samples", "seed", "device"):
+        given = ("select", "batch_norm", "max_samples", "seed", "device", "time_limit", "metric_time_limit", "state_file")
+        for name in given:
             if getattr(arguments, name) is not None:  # what is not given is left to the set-up, then to the library
                 settings[name] = getattr(arguments, name)
         if arguments.quiet:
             settings["progress"] = False
-        report = measure_sharpness(**settings)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "the measurement was stopped by Ctrl-C", MeasurementWarning
+            )  # the table says so
+            report = measure_sharpness(**settings)
     if arguments.json == "-":
         print(report.to_json())
     else:
         print(report)
     if arguments.json not in (None, "-"):
         Path(arguments.json).write_text(report.to_json() + "\n", encoding="utf-8")
-    failed = any(result.status.kind == "failed" for _, result in report.items())
-    return METRIC_FAILED if failed else OK
+    if report.stopped == "by Ctrl-C":
+        print("sharpness: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    incomplete = any(result.status.kind in ("failed", "interrupted", "not measured") for result in report.values())
+    return METRIC_FAILED if incomplete else OK
 
 
 def _asked(text: str) -> tuple[str, dict[str, Any]]:

@@ -116,6 +116,14 @@ class HessianProducts:
         self._point = point
         return had
 
+    def state(self) -> list[Any]:
+        """What the probe chose, as JSON."""
+        return [self._chosen, self.mode, self.check]
+
+    def set_state(self, state: list[Any]) -> None:
+        """Go on with what a probe chose before, on the same model and data."""
+        self._chosen, self.mode, self.check = state
+
     def __call__(self, rows: Tensor, part: Part, *, keep: bool) -> Tensor:
         """The Hessian at the point times each of the rows, shape ``(k, dim)``.
 

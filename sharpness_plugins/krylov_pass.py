@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from . import sampling
-from .krylov import LanczosRequest, LanczosResult
+from . import sampling, steps
+from .krylov import Ending, LanczosRequest, LanczosResult
 from .lanczos import lanczos
 from .objective import Objective
 from .operators import Curvature, Operator
@@ -184,6 +184,8 @@ class KrylovSharing:
             shared = self._pass(key, need.group, objective)
             with objective.session():
                 result = metric.from_krylov(shared)
+            if shared.run.ending is Ending.STOPPED:  # the next metric may have the time for a run of its own
+                self._passes.pop(need.group)
         finally:
             if not self._waiting & set(self._of(need.group)):
                 self._passes.pop(need.group, None)
@@ -194,6 +196,20 @@ class KrylovSharing:
         status = replace(result.status, message=f"{result.status.message}; {said}".lstrip("; "))
         return replace(result, status=status, details=details)
 
+    def resume(self, key: str, result: MetricResult) -> None:
+        """A metric that was measured before: who paid for the run, if it read one, is known."""
+        if key in self._members:
+            self._waiting.discard(key)
+            if (payer := result.details.get("run_paid_by")) is not None:
+                self._payers[self._members[key][1].group] = payer
+
+    def done_with(self, key: str) -> list[str]:
+        """The steps, by their keys' beginnings, that nobody needs once this metric is measured."""
+        if key not in self._members:
+            return []
+        group = self._members[key][1].group
+        return [] if self._waiting & set(self._of(group)) else [f"{_scope_of(group)}/"]
+
     def _of(self, group: tuple[Any, ...]) -> list[str]:
         return [key for key, (_, need) in self._members.items() if need.group == group]
 
@@ -203,17 +219,22 @@ class KrylovSharing:
             return made
         if made is not None:
             raise RuntimeError(f"the Krylov run shared with {self._payers[group]} failed: {made}")
-        self._payers[group] = key
+        self._payers.setdefault(group, key)
         needs = [self._members[member][1] for member in self._of(group)]
         rng = sampling.generator_for(self._seed, "krylov", repr(group))  # by what is measured, not by who asks first
         try:
-            with objective.session():
+            # beside the metrics: what the first one has used the others still need
+            with objective.session(), steps.root_child(_scope_of(group)).entered():
                 made = KrylovPass(needs[0].operator.on(objective), needs, rng)
         except Exception as error:
             self._passes[group] = f"{type(error).__name__}: {error}"  # its frames would keep the basis
             raise
         self._passes[group] = made
         return made
+
+
+def _scope_of(group: tuple[Any, ...]) -> str:
+    return f"krylov {group!r}".replace("/", ":")
 
 
 def _need_of(metric: KrylovMetric) -> KrylovNeed | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reductions, sampling
+from . import reductions, sampling, steps
 from .basis import Basis, bytes_per_vector
+from .errors import MeasurementStopped
 from .krylov import HALF_ROUNDING, Ending, LanczosRequest, LanczosResult
 from .memory import free_bytes
 
@@ -88,7 +90,11 @@ class _Run:
         self._epsilon = torch.finfo(start.dtype).eps
         # rounding a unit vector to half precision puts so much of A times it out of reach
         self._storage_error = HALF_ROUNDING if request.storage == "half" else 0.0
-        self._basis = Basis(_basis_size(start, request, self._wanted), start, request.storage)
+        self._scope = steps.child("lanczos")
+        saved = self._scope.saved()
+        with self._scope.entered():
+            size = saved["size"] if saved else steps.step("size", lambda: _basis_size(start, request, self._wanted))
+        self._basis = Basis(size, start, request.storage)
         self._projected = torch.zeros((len(self._basis),) * 2, dtype=torch.float64)
         self._vector = self._basis.store(0, start)
         self._filled = 1
@@ -102,18 +108,60 @@ class _Run:
         self._alphas: list[float] = []
         self._betas: list[float] = []
         self._restarted = False
+        if saved:
+            self._set_state(saved)
 
     def result(self) -> LanczosResult:
+        with self._scope.entered():
+            return self._run()
+
+    def _run(self) -> LanczosResult:
         while True:
-            following = self._step()
+            try:
+                following = self._step()
+            except MeasurementStopped:
+                if self._filled < 2:
+                    raise
+                return self._result(self._before(), Ending.STOPPED)
             ritz = self._ritz()
             ending, searching = self._judge(ritz)
             if ending is not None:
                 return self._result(ritz, ending)
+            is_full = self._filled == len(self._basis)
             if searching:
                 self._search(ritz)
             else:
                 self._extend(ritz, following)
+            if searching or is_full:  # the products so far are no longer needed
+                self._scope.save(self._state)
+
+    def _state(self) -> dict[str, Any]:
+        """All that the next step goes on from, as a tree."""
+        return {
+            "size": len(self._basis),
+            "rows": self._basis.state(self._filled),
+            "projected": self._projected[: self._filled, : self._filled],
+            "couplings": self._couplings,
+            "given_up": list(self._given_up),
+            "alphas": list(self._alphas),
+            "betas": list(self._betas),
+            "counts": [self._used, self._locked, self._num_hidden],
+            "restarted": self._restarted,
+            "generator": self._generator.get_state(),
+        }
+
+    def _set_state(self, state: dict[str, Any]) -> None:
+        rows, projected = state["rows"], state["projected"].cpu()
+        self._basis.set_state(rows)
+        self._filled = len(rows)
+        self._vector = self._basis.row(self._filled - 1)
+        self._projected[: self._filled, : self._filled] = projected
+        self._couplings = state["couplings"].cpu()
+        self._given_up = [outside.cpu() for outside in state["given_up"]]
+        self._alphas, self._betas = state["alphas"], state["betas"]
+        self._used, self._locked, self._num_hidden = state["counts"]
+        self._restarted = state["restarted"]
+        self._generator.set_state(state["generator"].cpu())
 
     def _step(self) -> Tensor:
         """One product, orthogonalized against the basis; sets its column of the projected operator."""
@@ -143,6 +191,15 @@ class _Run:
         self._asymmetry = asymmetry.max().item() if last else 0.0
         return w
 
+    def _before(self) -> _Ritz:
+        """Ritz pairs without the newest vector, whose product was not made; how far it couples is what they lack."""
+        outside = self._couplings[:-1]
+        self._filled -= 1
+        theta, s = torch.linalg.eigh(self._projected[: self._filled, : self._filled])
+        self._betas = self._betas[: max(len(self._alphas) - 1, 0)]
+        scale = theta.abs().max().item()
+        return self._pairs(theta, s, (outside @ s).abs() + self._storage_error * scale, scale)
+
     def _ritz(self) -> _Ritz:
         theta, s = torch.linalg.eigh(self._projected[: self._filled, : self._filled])
         scale = theta.abs().max().item()
@@ -156,9 +213,11 @@ class _Run:
             self._beta = 0.0  # the space is invariant
         if self._filled == self._dim:
             self._beta, self._given_up = 0.0, []
+        return self._pairs(theta, s, self._beta * s[-1].abs() + self._storage_error * scale, scale)
+
+    def _pairs(self, theta: Tensor, s: Tensor, open_residuals: Tensor, scale: float) -> _Ritz:
         order = _order(theta, self._request)
-        theta, s = theta[order], s[:, order]
-        open_residuals = self._beta * s[-1].abs() + self._storage_error * scale
+        theta, s, open_residuals = theta[order], s[:, order], open_residuals[order]
         residuals = open_residuals
         for outside in self._given_up:
             residuals = residuals + (outside @ s[: len(outside)]).abs()

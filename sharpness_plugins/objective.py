@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import modes, sampling
+from . import modes, sampling, stopping
 from .batches import Batch, BatchSource
 from .errors import NonFiniteLossError
 from .evaluation import Evaluator, joined
@@ -22,6 +22,7 @@ from .progress import ProgressEvent, ProgressListener
 from .report import Cost
 from .sketch import Sketch
 from .space import ParameterSpace, Select
+from .steps import evaluation, stoppable
 
 __all__ = ["BATCH_NORM_POLICIES", "Objective"]
 
@@ -218,6 +219,18 @@ class Objective:
             "notes": self.notes,
         }
 
+    def identity(self) -> dict[str, str]:
+        """What the loss is a function of, as checksums and words by what they are of; reads every weight once."""
+        digits = 4 if self.space.dtype is torch.float32 else 9  # what another number of threads does not change
+        settings = [self._batch_norm, str(self.space.dtype), self.device.type, self.loss_rule]
+        return {
+            "model": f"{type(self.module).__name__} {sampling.key_for(0, repr(self.module)):x}",
+            "weights": self.space.checksum(),
+            "data": self._source.checksum(),
+            "loss": f"{self.loss:.{digits}e}",
+            "settings": ", ".join(settings),
+        }
+
     def _notes_on_model(self, wrappers: list[str]) -> list[str]:
         notes = []
         if wrappers:
@@ -233,6 +246,7 @@ class Objective:
 
     # ------------------------------------------------------------------ evaluation
 
+    @evaluation
     def value(self, perturbation: Tensor | None = None) -> float:
         """Mean loss at ``origin + perturbation``, shape ``(dim,)``. One pass, forward only."""
         losses: list[Tensor] = []
@@ -252,6 +266,7 @@ class Objective:
                 raise ValueError("the loss has weight 0 over the whole loader: every target is ignored")
         return self._mean(losses, weights, at_origin=perturbation is None)
 
+    @evaluation
     def value_and_grad(self, perturbation: Tensor | None = None) -> tuple[float, Tensor]:
         """Mean loss at ``origin + perturbation`` and its gradient, both of shape ``(dim,)``. One pass."""
         losses: list[Tensor] = []
@@ -270,6 +285,7 @@ class Objective:
         self._counts["gradients"] += 1
         return self._mean(losses, weights, at_origin=perturbation is None), gradient
 
+    @evaluation
     def hvp(self, vector: Tensor, perturbation: Tensor | None = None) -> Tensor:
         """Hessian at ``origin + perturbation`` times ``vector``, shape ``(dim,)``, or each row of ``(k, dim)``.
 
@@ -300,6 +316,7 @@ class Objective:
         self._count_probe()
         return products if vector.ndim == 2 else products[0]
 
+    @stoppable
     def sum_over_parts(self, work: Callable[[Evaluator, Part], Tensor]) -> Tensor:
         """``work(evaluator, part)``, shape ``(dim,)`` each, summed over the parts of one pass; counts as one product.
 
@@ -313,6 +330,7 @@ class Objective:
         self._counts["hvps"] += 1
         return answer
 
+    @stoppable
     def over_parts(self, size: int, work: Callable[[Evaluator, Part], None]) -> None:
         """``work(evaluator, part)`` for parts of at most ``size`` samples, in one pass; counts as one gradient.
 
@@ -468,9 +486,30 @@ class Objective:
         self._partial_passes += share
         self._counts["passes"] += share
 
+    def work(self) -> dict[str, Any]:
+        """What was done so far and how, as JSON, for ``set_work``."""
+        return {
+            "counts": dict(self._counts),
+            "sweeps": self._sweeps,
+            "partial_passes": self._partial_passes,
+            "seconds": time.perf_counter() - self._began,
+            "parts": [self._gradient_parts.size, self._product_parts.size],
+            "products": {mode: products.state() for mode, products in self._all_products.items()},
+        }
+
+    def set_work(self, state: Mapping[str, Any]) -> None:
+        """Go on as an objective of the same model and data that had come so far; its work counts as this one's."""
+        self._counts = dict(state["counts"])
+        self._sweeps, self._partial_passes = state["sweeps"], state["partial_passes"]
+        self._began = min(self._began, time.perf_counter() - state["seconds"])
+        self._gradient_parts.size, self._product_parts.size = state["parts"]
+        for mode, told in state["products"].items():
+            self._all_products.setdefault(mode, self._products_by(mode)).set_state(told)
+
     def _tick(self) -> None:
         self._sweeps += 1
         self._counts["passes"] = self._sweeps / self.num_batches + self._partial_passes
         if self._listener is not None and self._metric:
             passes, seconds = self._counts["passes"] - self._metric_passes, time.perf_counter() - self._metric_began
             self._listener(ProgressEvent(self._metric, passes, self._expected_passes, seconds))
+        stopping.check()

@@ -10,8 +10,9 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from . import reductions, sampling
+from . import reductions, sampling, steps
 from .basis import Basis
+from .errors import MeasurementStopped
 from .krylov import LanczosResult
 
 __all__ = ["Estimate", "Probes", "hutch_pp", "mean_of", "on_sphere", "signs", "xtrace"]
@@ -97,6 +98,8 @@ class Probes:
         self._blocks = dict(blocks or {})
         self._rows: list[Tensor] = []  # vᵀz, the part of the squared norm, and one number for each block
         self._exact_blocks: Tensor | None = None
+        self._scope = steps.child("probes")
+        self._stopped = False
         self._is_whole = run is not None and run.num_kept >= like.numel()
 
     @property
@@ -106,13 +109,20 @@ class Probes:
     def take(self, count: int) -> Tensor:
         """The numbers of the first ``count`` probes, made as far as they are not there yet; none for a whole basis.
 
+        Fewer where the measurement is stopped in the middle, but at least two, which tell a standard error.
+
         Raises:
             ArithmeticError: a product is not finite.
         """
         if self._is_whole:
             count = 0
-        while len(self._rows) < count:
-            self._rows.append(self._probe())
+        while len(self._rows) < count and not self._stopped:
+            try:
+                self._rows.append(self._probe())
+            except MeasurementStopped:
+                if len(self._rows) < 2:
+                    raise
+                self._stopped = True
         width = 2 + len(self._blocks)
         return torch.stack(self._rows[:count]) if count else torch.empty((0, width), dtype=torch.float64)
 
@@ -129,6 +139,10 @@ class Probes:
 
     def _probe(self) -> Tensor:
         v = signs(self._like, self._generator)
+        with self._scope.entered():
+            return steps.step("probe", lambda: self._numbers(v), about=v).cpu()
+
+    def _numbers(self, v: Tensor) -> Tensor:
         if self._run is not None:
             v = self._run.remove(v)
         z = self._matvec(v)

@@ -21,6 +21,7 @@ LAYERS = {
     "progress": 0,
     "report": 0,
     "sampling": 0,
+    "stopping": 0,
     "texts": 0,
     "reductions": 0,
     "accumulation": 1,
@@ -38,6 +39,8 @@ LAYERS = {
     "samplers": 1,
     "schedules": 1,
     "space": 1,
+    "state_file": 1,
+    "steps": 1,
     "subspace": 1,
     "evaluation": 2,
     "deviations": 2,
@@ -59,6 +62,7 @@ LAYERS = {
     "metrics": 3,
     "builtin": 4,
     "measure": 4,
+    "resuming": 3,
     "monitor": 4,
     "signals": 4,
     "controller": 4,
@@ -70,6 +74,8 @@ LAYERS = {
 SAME_LAYER = {  # who may import whom beside itself; everything else in a layer stands alone
     "report": {"errors"},
     "reductions": {"sampling"},
+    "stopping": {"errors"},
+    "steps": {"state_file"},
     "batches": set(),
     "coupling": {"schedules"},
     "losses": {"batches"},
@@ -90,6 +96,7 @@ SAME_LAYER = {  # who may import whom beside itself; everything else in a layer 
     "registry": {"plugin_loading", "specs"},
     "builtin": {"signals"},
     "metrics": {"registry"},
+    "resuming": {"registry"},
     "optimizers": {"kernels"},
     "pacing": {"schedules"},
     "monitor": {"measure"},
@@ -99,7 +106,19 @@ SAME_LAYER = {  # who may import whom beside itself; everything else in a layer 
     "cli": {"experiments", "plots"},
     "experiments": {"plots"},
 }
-NO_TORCH = ("errors", "texts", "report", "progress", "specs", "plugin_loading", "registry", "cli", "__main__", "__init__")
+NO_TORCH = (
+    "errors",
+    "texts",
+    "report",
+    "progress",
+    "stopping",
+    "specs",
+    "plugin_loading",
+    "registry",
+    "cli",
+    "__main__",
+    "__init__",
+)
 NO_TORCH += tuple(f"schedules/{file.stem}" for file in sorted((PACKAGE / "schedules").glob("*.py")))
 SHELL_ONLY = {"plots": {"report", "errors"}}
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import reductions
-from ..maximizers import Maximizer, MultiStart, park, unpark
+from .. import reductions, steps
+from ..maximizers import Maximizer, MultiStart, from_tree, park, to_tree, unpark
 from ..objective import Objective
 from ..regions import Box
 from ..report import MetricResult, Status
@@ -120,15 +120,22 @@ class EpsilonBox:
         """The starts, and the gradients that it took to choose them, rounded up."""
         if not keskar.uses_proposals(self.maximizer):
             return iter(()), 0
+        scope = steps.child("starts")
+        chosen, spent = scope.run(lambda: self._chosen(objective, box, rng), generator=rng)
+        parked = [(name, from_tree(point, box.anchor)) for name, point in chosen]
+        return ((name, unpark(point, box)) for name, point in parked if point is not None), math.ceil(spent)
+
+    def _chosen(self, objective: Objective, box: Box, rng: torch.Generator) -> tuple[list[Any], float]:
+        """Names and parked points, as a tree, and the gradients that they took."""
         before = objective.cost.gradients
         chosen = [
-            (name, park(point, box))
+            (name, to_tree(park(point, box)))
             for name, point in itertools.chain(
                 starts.eigenvector_starts(objective, box, rng, self.eigenvectors),
                 starts.targeted_starts(objective, box, rng, self.max_targets, self.sketch_samples),
             )
         ]
-        return ((name, unpark(point, box)) for name, point in chosen), math.ceil(objective.cost.gradients - before)
+        return chosen, objective.cost.gradients - before
 
 
 def _lost_in_rounding(origin: Tensor, perturbation: Tensor) -> float:
