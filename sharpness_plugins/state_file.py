@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import os
 import struct
 import zlib
@@ -79,7 +80,11 @@ class StateFile:
         return self._places[key].header["label"]
 
     def read(self, key: str) -> Tree:
-        """What was written under the key; tensors are new, on the CPU."""
+        """What was written under the key; tensors are new, on the CPU.
+
+        Raises:
+            StateFileError: it makes no sense.
+        """
         place = self._places[key]
         tensors = []
         self._file.seek(place.start)
@@ -87,7 +92,10 @@ class StateFile:
             data = _read(self._file, count)
             flat = torch.frombuffer(data, dtype=torch.uint8) if count else torch.empty(0, dtype=torch.uint8)
             tensors.append(flat.view(_DTYPES[dtype]).view(shape))
-        return _unpacked(place.header["tree"], tensors)
+        try:
+            return _unpacked(place.header["tree"], tensors)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise StateFileError(self._damaged(f"{type(error).__name__}: {error}")) from error
 
     def write(self, key: str, tree: Tree, label: Any = None, *, drop: Iterable[str] = ()) -> None:
         """Append a record, and forget those whose keys begin with one of ``drop``.
@@ -313,8 +321,8 @@ def _record(reader: BinaryIO, left: int) -> tuple[dict[str, Any], int] | None:
     if found != checksum:
         return None
     header = json.loads(text)
-    sizes = [int(c) for _, _, c in header.get("tensors", [])]
-    if sum(sizes) != count or any(size < 0 for size in sizes):
+    sizes = [(_DTYPES[dtype].itemsize * math.prod(shape), size) for dtype, shape, size in header.get("tensors", [])]
+    if any(told != size for told, size in sizes) or sum(size for _, size in sizes) != count:
         raise ValueError("the sizes of a record contradict each other")
     return header, _HEAD.size + length + count
 

@@ -53,6 +53,7 @@ class Recorder:
         self._device = like.device
         self._limit = _MOST_VECTORS * like.numel() * like.element_size() + 16 * _SMALL
         self._computed = self._spent = 0.0
+        self._allowance = _ALLOWANCE
         self._written = 0
         self._flushed = time.monotonic()
         self.num_recalled = 0
@@ -127,7 +128,7 @@ class Recorder:
     def _affords(self, size: int) -> bool:
         rate = self._written / self._spent if self._written > 10 * _SMALL else _FIRST_RATE
         fits = self._file is not None and self._file.live_bytes + size <= self._limit
-        return fits and self._spent + size / rate <= _SHARE * self._computed + _ALLOWANCE
+        return fits and self._spent + size / rate <= _SHARE * self._computed + self._allowance
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
