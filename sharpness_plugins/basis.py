@@ -42,6 +42,10 @@ class Basis:
         return len(self._rows)
 
     @property
+    def device(self) -> torch.device:
+        return self._rows.device
+
+    @property
     def nbytes(self) -> int:
         return self._rows.numel() * self._rows.element_size()
 

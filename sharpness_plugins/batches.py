@@ -247,6 +247,11 @@ class BatchSource:
         return self._cache is not None
 
     @property
+    def num_bytes(self) -> int:
+        """Of the batches that are kept."""
+        return sum(_num_bytes(batch.data) for batch in self._cache or ())
+
+    @property
     def num_batches(self) -> int:
         return self._first.num_batches
 

@@ -219,6 +219,9 @@ def _add_measure(commands: Any) -> None:
     measure.add_argument("--seed", type=int, metavar="N", help="default: 0")
     measure.add_argument("--device", help="default: where the model is")
     measure.add_argument(
+        "--memory", metavar="BYTES", help="what may be kept between evaluations: 4GB (default: half of what is free)"
+    )
+    measure.add_argument(
         "--time-limit", type=float, metavar="S", help="stop after so many seconds, with what there is by then"
     )
     measure.add_argument("--metric-time-limit", type=float, metavar="S", help="the same for each metric")
@@ -369,7 +372,8 @@ def _measure(arguments: argparse.Namespace) -> int:
                 load_checkpoint(settings["model"], arguments.checkpoint)
         if asked:
             settings["metrics"] = [_metric(name, given) for name, given in asked]
-        given = ("select", "batch_norm", "max_samples", "seed", "device", "time_limit", "metric_time_limit", "state_file")
+        given = ["select", "batch_norm", "max_samples", "seed", "device"]
+        given += ["memory", "time_limit", "metric_time_limit", "state_file"]
         for name in given:
             if getattr(arguments, name) is not None:  # what is not given is left to the set-up, then to the library
                 settings[name] = getattr(arguments, name)

@@ -73,7 +73,7 @@ class KrylovPass:
         start = sampling.normal(operator.dim, generator, operator.like)
         request = merged(list(needs), operator.dim)
         with operator.session():
-            self.run: LanczosResult = lanczos(operator.matvec, start, request, generator=generator)
+            self.run: LanczosResult = lanczos(operator.matvec, start, request, generator=generator, memory=operator.memory)
             self.how, self.check = operator.how(), operator.check()
         self.probes = self.probes_without_basis(self.run)
 
@@ -172,23 +172,31 @@ class KrylovSharing:
             return []
         return [other for other in self._of(self._members[key][1].group) if other != key]
 
-    def measure(self, key: str, objective: Objective) -> MetricResult:
-        """The result of a metric that has peers; says who paid for the run.
+    def measure(self, key: str, objective: Objective, rng: torch.Generator) -> MetricResult:
+        """The result of a metric that has peers; says who paid for the run. Where memory does not hold a basis for all of
+        them, each has a run of its own.
 
         Raises:
             RuntimeError: the run failed already when another metric of the group was measured.
         """
         metric, need = self._members[key]
         self._waiting.discard(key)
+        fits = True
         try:
             shared = self._pass(key, need.group, objective)
             with objective.session():
                 result = metric.from_krylov(shared)
             if shared.run.ending is Ending.STOPPED:  # the next metric may have the time for a run of its own
                 self._passes.pop(need.group)
+        except MemoryError:
+            fits = False
         finally:
             if not self._waiting & set(self._of(need.group)):
                 self._passes.pop(need.group, None)
+        if not fits:  # out of the handler, whose frames hold what was allocated
+            self._passes.pop(need.group, None)
+            self._members = {k: entry for k, entry in self._members.items() if entry[1].group != need.group}
+            return measure_alone(metric, objective, rng)
         payer, others = self._payers[need.group], ", ".join(self.peers(key))
         run = f"{shared.run.num_matvecs} products of one Krylov run"
         said = f"paid for the {run}, which {others} read, too" if payer == key else f"read the {run} that {payer} paid for"

@@ -14,7 +14,7 @@ from . import reductions, sampling, steps
 from .basis import Basis, bytes_per_vector
 from .errors import MeasurementStopped
 from .krylov import HALF_ROUNDING, Ending, LanczosRequest, LanczosResult
-from .memory import free_bytes
+from .memory import MemoryBudget, free_bytes, said_bytes
 
 __all__ = ["MatVec", "lanczos"]
 
@@ -28,7 +28,12 @@ _SPARE = 8  # vectors for the search of hidden copies, beside those that it leav
 
 
 def lanczos(
-    matvec: MatVec, start: Tensor, request: LanczosRequest, *, generator: torch.Generator | None = None
+    matvec: MatVec,
+    start: Tensor,
+    request: LanczosRequest,
+    *,
+    generator: torch.Generator | None = None,
+    memory: MemoryBudget | None = None,
 ) -> LanczosResult:
     """The eigenvalues of a symmetric operator that ``request`` asks for, by thick-restart Lanczos, re-orthogonalized.
 
@@ -45,6 +50,7 @@ def lanczos(
             ``v``.
         start: shape ``(dim,)``, not zero. Its dtype and device are those of the arithmetic.
         generator: of the new random vectors; must not draw ``start`` again.
+        memory: the budget that the basis shares with what else is kept.
     Raises:
         ValueError: ``k`` exceeds ``dim``; ``start`` is zero or not finite, or in half precision.
         MemoryError: not even the smallest basis fits; says how many bytes it takes.
@@ -60,7 +66,7 @@ def lanczos(
     length = reductions.norm(start).item()
     if not 0 < length < math.inf:
         raise ValueError(f"the start vector must be finite and not zero, its norm is {length}")
-    return _Run(matvec, start / length, request, generator or sampling.generator_for(0, "lanczos")).result()
+    return _Run(matvec, start / length, request, generator or sampling.generator_for(0, "lanczos"), memory).result()
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,14 @@ class _Ritz:
 class _Run:
     """State of one run: a basis, the operator in it, and the vector that comes next."""
 
-    def __init__(self, matvec: MatVec, start: Tensor, request: LanczosRequest, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        matvec: MatVec,
+        start: Tensor,
+        request: LanczosRequest,
+        generator: torch.Generator,
+        memory: MemoryBudget | None,
+    ) -> None:
         self._matvec, self._request, self._generator = matvec, request, generator
         self._dim = start.numel()
         self._wanted = min(request.wanted, self._dim)
@@ -93,8 +106,10 @@ class _Run:
         self._scope = steps.child("lanczos")
         saved = self._scope.saved()
         with self._scope.entered():
-            size = saved["size"] if saved else steps.step("size", lambda: _basis_size(start, request, self._wanted))
+            size = saved["size"] if saved else steps.step("size", lambda: _basis_size(start, request, self._wanted, memory))
         self._basis = Basis(size, start, request.storage)
+        if memory is not None and self._basis.device == memory.device:
+            memory.hold("Krylov basis", self._basis.nbytes, self._basis)
         self._projected = torch.zeros((len(self._basis),) * 2, dtype=torch.float64)
         self._vector = self._basis.store(0, start)
         self._filled = 1
@@ -402,7 +417,7 @@ def _bounds(ritz: _Ritz) -> Tensor:
     return torch.where(gap > r, r * (r / gap), r).clamp(min=ritz.rounding)
 
 
-def _basis_size(start: Tensor, request: LanczosRequest, wanted: int) -> int:
+def _basis_size(start: Tensor, request: LanczosRequest, wanted: int, memory: MemoryBudget | None = None) -> int:
     """Vectors to allocate: as many as are of use, or as fit."""
     dim, per_vector = start.numel(), bytes_per_vector(start, request.storage)
     smallest = min(wanted + 2, dim)
@@ -410,16 +425,22 @@ def _basis_size(start: Tensor, request: LanczosRequest, wanted: int) -> int:
     if request.check_multiplicity:
         most = max(most, wanted + _SPARE)
     size = min(max(most, smallest), dim)
-    free, budget = request.basis_bytes, request.basis_bytes
-    if budget is None:
+    free, budget, how = request.basis_bytes, request.basis_bytes, "free"
+    on_host = request.storage == "host" and start.device.type != "cpu"
+    if budget is None and memory is not None and not memory.is_automatic and not on_host:
+        free = budget = int(memory.left)
+        how = f"left of the {said_bytes(memory.total or 0)} that may be kept"
+    elif budget is None:
         free = free_bytes(torch.device("cpu") if request.storage == "host" else start.device)
         budget = None if free is None else free // 2  # the products need memory, too
+        if budget is not None and memory is not None and not on_host:
+            budget = int(min(budget, memory.left))
     if free is None or budget is None or size * per_vector <= budget:
         return size
     if smallest * per_vector > free:
         raise MemoryError(
             f"a Krylov basis of {smallest} vectors, the fewest for {wanted} Ritz pairs, takes "
-            f"{smallest * per_vector / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free. "
+            f"{said_bytes(smallest * per_vector)} and {said_bytes(free)} are {how}. "
             "Ask for fewer eigenvalues, or for fewer parameters (select=...)."
         )
     return max(budget // per_vector, smallest)

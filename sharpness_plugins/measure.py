@@ -50,6 +50,7 @@ def measure_sharpness(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool | ProgressListener | None = None,
+    memory: int | str | None = None,
     cache_bytes: int | None = None,
     on_interrupt: str = "return",
     time_limit: float | None = None,
@@ -78,8 +79,12 @@ def measure_sharpness(
         seed: of random starts, columns and probes, each metric with a stream of its own.
         device: where to evaluate; None for where the model is.
         progress: None draws on a terminal and in a notebook; True, False; or a callable that receives ``ProgressEvent``s.
-        cache_bytes: keep the batches on the device if they take at most this; None for a quarter of the free memory, at
-            most 4 GiB.
+        memory: bytes on the device, or a text such as "4GB", that may be kept from one evaluation to the next: a copy of the
+            weights and seven vectors, the batches, the Krylov basis, the graphs of Hessian-vector products. None for half of
+            what is free. What does not fit is read or computed anew, slower; where not even the least fits, the metric fails
+            and says what it takes. The report's provenance tells who kept how much.
+        cache_bytes: of it, for the batches, which are kept on the device if they take at most this; None for half of what
+            the vectors leave, at most 4 GiB unless ``memory`` is given.
         on_interrupt: what Ctrl-C does once measuring has begun. "return": the report is what there is by then. Metrics that
             are done are in it as ever; the one in hand has the status "interrupted" where it had something (the best point
             so far; Ritz values with their residuals; the mean over the probes so far), and the others are "not measured".
@@ -115,6 +120,7 @@ def measure_sharpness(
             batch_norm=batch_norm,
             max_samples=max_samples,
             device=device,
+            memory=memory,
             cache_bytes=cache_bytes,
             seed=seed,
             plugin_rule=_ask_plugins,
@@ -165,7 +171,7 @@ class _Run:
             objective.announce(key, expected(objective) if expected is not None else None)
             with switch.metric(), self._keeper.steps_of(key):
                 rng = sampling.generator_for(self._seed, registry.metric_name(metric))
-                result = sharing.measure(key, objective) if sharing.peers(key) else metric(objective, rng)
+                result = sharing.measure(key, objective, rng) if sharing.peers(key) else metric(objective, rng)
             result = _checked(result)
         except (MeasurementStopped, Overdue) as stop:
             if not switch.raised:  # it is none of ours

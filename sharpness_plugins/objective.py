@@ -17,6 +17,7 @@ from .errors import NonFiniteLossError
 from .evaluation import Evaluator, joined
 from .hvp import HessianProducts
 from .losses import LossFn, LossRule, OtherLossError, PluginRule, resolve_loss, unwrap
+from .memory import MemoryBudget
 from .micro_batches import MicroBatches, Part
 from .progress import ProgressEvent, ProgressListener
 from .report import Cost
@@ -52,18 +53,22 @@ class Objective:
             batching). It matters: measured, 9 to 40 times in ε-box sharpness.
         max_samples: use the first so many samples.
         device: where to evaluate; None for the device of the parameters.
-        cache_bytes: see ``batches.BatchSource``.
+        cache_bytes: of ``memory``, for the batches; None for half of what the vectors leave, at most 4 GiB unless ``memory``
+            is given. See ``batches.BatchSource``.
         seed: of shuffling and augmenting loaders.
         plugin_rule: asked for a loss after ``loss_fn`` and ``criterion``.
         listener: receives a ``ProgressEvent`` after every batch.
         hvp: how Hessian-vector products are made, one of ``hvp.HVP_MODES``; "auto" for what a probe finds to be right and
             cheapest, which is never "central differences".
-        graph_bytes: memory for first graphs that are kept between products; None for a third of what is free.
+        memory: bytes, or a text such as "4GB", that may be kept between evaluations: the weights and working vectors, the
+            batches, Krylov bases and first graphs together; None for half of what is free. See ``memory.MemoryBudget``.
+        graph_bytes: of it, for first graphs that are kept between products; None for what is left.
     Attributes:
         space: the selected parameters; ``origin``: their trained values, shape ``(dim,)``.
         loss: mean loss at the origin.
         loss_rule: the sentence that says how the loss was found.
         cost: work done so far.
+        memory: the budget of what is kept, and who keeps it.
         notes: sentences that a reader of the numbers must know.
     Raises:
         LoaderError, LossRuleError: see there.
@@ -87,6 +92,7 @@ class Objective:
         plugin_rule: PluginRule | None = None,
         listener: ProgressListener | None = None,
         hvp: str = "auto",
+        memory: int | str | None = None,
         graph_bytes: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -115,6 +121,7 @@ class Objective:
                 "device mps has no float64, in which losses accumulate. Pass device='cpu'; the model stays put."
             )
         self.origin = self.space.origin
+        self.memory = MemoryBudget(memory, device=self.device, vector_bytes=self.origin.nbytes)
         self._listener = listener
         self._metric = ""
         self._expected_passes: float | None = None
@@ -124,18 +131,22 @@ class Objective:
         self._products = self._products_by(hvp)
         self._all_products = {hvp: self._products}  # each probed once
         # a gradient takes less memory than a product
-        self._gradient_parts, self._product_parts = (MicroBatches(self._whole_batches_only) for _ in range(2))
+        self._gradient_parts, self._product_parts, self._sweep_parts = (
+            MicroBatches(self._whole_batches_only) for _ in range(3)
+        )
+        self._most_in_sweep: int | None = None  # samples in ``over_parts``, once memory has run out there
         self._own_notes = self._notes_on_model(wrappers)
         self._source = BatchSource(
             loader,
             device=self.device,
             max_samples=max_samples,
-            cache_bytes=cache_bytes,
+            cache_bytes=self.memory.for_batches if cache_bytes is None else cache_bytes,
             upcast_half=self.space.has_half,
             seed=seed,
         )
         with self.session():
             self._source.load()
+            self.memory.hold("batches", self._source.num_bytes)
             self._value_needs_grad = False
             self._evaluator.rule = self._resolve_loss(loss_fn, criterion, plugin_rule)
             self._weightless: set[int] = set()  # batches without weight: the first pass tells
@@ -210,6 +221,7 @@ class Objective:
             "num_batches": self.num_batches,
             "batches": f"cached on {self.device}" if cached else "read anew at every pass",
             "cache_bytes": self._source.budget,
+            "memory": self.memory.describe(),
             "loss_rule": self.loss_rule,
             "batch_norm": self._batch_norm,
             "dtype": str(self.space.dtype).removeprefix("torch."),
@@ -341,12 +353,13 @@ class Objective:
         """
         if cause := self._whole_batches_only():
             raise ValueError(f"{cause}, so a batch is not the sum of its parts")
-        parts = MicroBatches(self._whole_batches_only)
-        parts.size = size
+        self._sweep_parts.size = size if self._most_in_sweep is None else min(size, self._most_in_sweep)
         with self.session(), modes.second_derivatives(self.module):
             for batch in self._batches():
-                for _ in parts.each(batch, lambda part: work(self._evaluator, part)):
+                for _ in self._sweep_parts.each(batch, lambda part: work(self._evaluator, part)):
                     pass
+        if self._sweep_parts.size < size:  # memory ran out, now or before
+            self._most_in_sweep = self._sweep_parts.size
         self._counts["gradients"] += 1
 
     def sketch(self, max_samples: int) -> Sketch:
@@ -361,7 +374,8 @@ class Objective:
             batches = self._source.some(max_samples)
         taken = sum(batch.num_samples or 0 for batch in batches)
         share = taken / self.num_samples if self.num_samples else len(batches) / self.num_batches
-        return Sketch(self._evaluator, batches, min(share, 1.0), session=self.session, spend=self._spend)
+        parts = self._gradient_parts
+        return Sketch(self._evaluator, batches, min(share, 1.0), parts=parts, session=self.session, spend=self._spend)
 
     @property
     def has_classes(self) -> bool:
@@ -472,7 +486,9 @@ class Objective:
                 self._products = before
 
     def _products_by(self, mode: str) -> HessianProducts:
-        return HessianProducts(self._evaluator, mode=mode, graph_bytes=self._graph_bytes, seed=self._seed)
+        return HessianProducts(
+            self._evaluator, mode=mode, graph_bytes=self._graph_bytes, memory=self.memory, seed=self._seed
+        )
 
     def announce(self, metric: str, expected_passes: float | None) -> None:
         """From here on, progress events are about ``metric``; what was kept for the last one is freed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from .batches import Batch
 from .evaluation import Evaluator, WeightlessError
 from .losses import logits_of
+from .micro_batches import MicroBatches
 
 __all__ = ["Sketch"]
 
@@ -29,22 +30,22 @@ class Sketch:
         batches: Sequence[Batch],
         share: float,
         *,
+        parts: MicroBatches,
         session: Callable[[], AbstractContextManager[None]],
         spend: Callable[[str, float], None],
     ) -> None:
         self._evaluator, self._batches, self.share = evaluator, batches, share
-        self._session, self._spend = session, spend
+        self._parts, self._session, self._spend = parts, session, spend
         self._origin = evaluator.space.origin
 
     def probabilities(self) -> Tensor | None:
         """Mean softmax of the outputs, shape ``(num_outputs,)``; None where the model's output is not a tensor of scores."""
         sums: list[Tensor] = []
         with self._session(), torch.no_grad():
-            for batch in self._seeded():
-                scores = self._with_scores(self._origin, batch, lambda scores: scores)
-                if scores is None:
+            for found in self._each(self._origin, lambda scores: scores.softmax(1).sum(0)):
+                if found is None:
                     return None
-                sums.append(scores.softmax(1).sum(0))
+                sums.append(found)
         self._spend("values", self.share)
         return torch.stack(sums).sum(0)
 
@@ -62,18 +63,18 @@ class Sketch:
                 along = scores.sum(0) @ direction.to(scores)
                 return torch.autograd.grad(along, leaf, allow_unused=True)[0] if along.requires_grad else None
 
-            for batch in self._seeded():
-                found = self._with_scores(leaf, batch, differentiated)
+            for found in self._each(leaf, differentiated):
                 if found is None:
                     return None
                 gradient = found if gradient is None else gradient.add_(found)
         self._spend("gradients", self.share)
         return gradient
 
-    def _seeded(self) -> Any:
+    def _each(self, flat: Tensor, use: Callable[[Tensor], Tensor | None]) -> Iterator[Tensor | None]:
+        """``use`` of the scores of every part of every batch."""
         for batch in self._batches:
             self._evaluator.seed(batch.position)
-            yield batch
+            yield from self._parts.each(batch, lambda part: self._with_scores(flat, part.batch, use))
 
     def _with_scores(self, flat: Tensor, batch: Batch, use: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """``use`` of the model's output on the batch as rows of scores, shape ``(positions, outputs)``."""

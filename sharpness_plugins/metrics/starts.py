@@ -48,7 +48,8 @@ def eigenvector_starts(objective: Objective, box: Box, rng: torch.Generator, cou
         return
     request = LanczosRequest(k=min(count, objective.dim), tolerance=0.1, num_matvecs=20 + 8 * count, keep_basis=True)
     with objective.session():
-        run = lanczos(objective.hvp, sampling.normal(objective.dim, rng, objective.origin), request, generator=rng)
+        start = sampling.normal(objective.dim, rng, objective.origin)
+        run = lanczos(objective.hvp, start, request, generator=rng, memory=objective.memory)
     vectors = run.vectors
     assert vectors is not None
     for position, vector in enumerate(vectors):

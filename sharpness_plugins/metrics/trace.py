@@ -65,7 +65,7 @@ class _TraceMetric(ABC):
                 estimate, layers = probes.trace(self.num_matvecs), probes.traces_of_blocks(self.num_matvecs)
             else:
                 run = {"hutch++": hutch_pp, "xtrace": xtrace}[self.method]
-                estimate = run(operator.matvec, operator.like, self.num_matvecs, rng)
+                estimate = run(operator.matvec, operator.like, self.num_matvecs, rng, memory=operator.memory)
         low, high = estimate.interval()
         said = f"{self.method} with {self.num_matvecs} products, {operator.how()}; 95 % interval [{low:.4g}, {high:.4g}]"
         return _result(operator, estimate, layers, said, {"num_matvecs": self.num_matvecs, "hvp_mode": operator.how()})
