@@ -97,7 +97,7 @@ class OutputProducts:
         row = self._objective.space.check(vector, "vector")
 
         def product() -> tuple[Tensor, list[Any]]:
-            found = self._objective.sum_over_parts(lambda evaluator, part: self._product(evaluator, row, part))
+            found = self._objective.sum_over_parts(lambda evaluator, part: self._product(evaluator, row, part), (row,))
             return found, [self._mode, self._closed_form, self._reason]
 
         found, (self._mode, self._closed_form, self._reason) = step(self._matrix, product, about=row)

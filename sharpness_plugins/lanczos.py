@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reductions, sampling, steps
+from . import distributed, reductions, sampling, steps
 from .basis import Basis, bytes_per_vector
 from .errors import MeasurementStopped
 from .krylov import HALF_ROUNDING, Ending, LanczosRequest, LanczosResult
@@ -426,15 +426,18 @@ def _basis_size(start: Tensor, request: LanczosRequest, wanted: int, memory: Mem
         most = max(most, wanted + _SPARE)
     size = min(max(most, smallest), dim)
     free, budget, how = request.basis_bytes, request.basis_bytes, "free"
-    on_host = request.storage == "host" and start.device.type != "cpu"
-    if budget is None and memory is not None and not memory.is_automatic and not on_host:
-        free = budget = int(memory.left)
-        how = f"left of the {said_bytes(memory.total or 0)} that may be kept"
-    elif budget is None:
-        free = free_bytes(torch.device("cpu") if request.storage == "host" else start.device)
-        budget = None if free is None else free // 2  # the products need memory, too
-        if budget is not None and memory is not None and not on_host:
-            budget = int(min(budget, memory.left))
+    if budget is None:
+        on_host = request.storage == "host" and start.device.type != "cpu"
+        left = None if memory is None or memory.total is None or on_host else int(memory.left)
+        # the run must restart at the same steps on all ranks
+        left = distributed.smallest(left)
+        if memory is not None and left is not None and not memory.is_automatic:
+            free = budget = left
+            how = f"left of the {said_bytes(memory.total or 0)} that may be kept"
+        else:
+            free = distributed.smallest(free_bytes(torch.device("cpu") if request.storage == "host" else start.device))
+            known = [bound for bound in (None if free is None else free // 2, left) if bound is not None]
+            budget = min(known, default=None)  # the products need memory, too
     if free is None or budget is None or size * per_vector <= budget:
         return size
     if smallest * per_vector > free:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
@@ -18,7 +19,8 @@ import torch
 from torch import nn
 
 from . import registry, sampling
-from .errors import MeasurementStopped, MeasurementWarning, PluginWarning
+from .distributed import resolve_ranks
+from .errors import LostRankError, MeasurementStopped, MeasurementWarning, PluginWarning
 from .krylov_pass import KrylovSharing
 from .losses import LossFn
 from .objective import Objective
@@ -52,6 +54,7 @@ def measure_sharpness(
     progress: bool | ProgressListener | None = None,
     memory: int | str | None = None,
     cache_bytes: int | None = None,
+    ranks: str = "auto",
     on_interrupt: str = "return",
     time_limit: float | None = None,
     metric_time_limit: float | None = None,
@@ -85,6 +88,10 @@ def measure_sharpness(
             and says what it takes. The report's provenance tells who kept how much.
         cache_bytes: of it, for the batches, which are kept on the device if they take at most this; None for half of what
             the vectors leave, at most 4 GiB unless ``memory`` is given.
+        ranks: what the processes of a ``torch.distributed`` group do, all of which must call this: "same data", they share
+            out what each one's loader gives; "own data", each one's loader has a part of the data; "auto", what the loaders
+            turn out to hold, repeats of a ``DistributedSampler`` left out. All of them return the same report, which is that
+            of one process. "alone" for one process without the others.
         on_interrupt: what Ctrl-C does once measuring has begun. "return": the report is what there is by then. Metrics that
             are done are in it as ever; the one in hand has the status "interrupted" where it had something (the best point
             so far; Ritz values with their residuals; the mean over the probes so far), and the others are "not measured".
@@ -93,7 +100,8 @@ def measure_sharpness(
             "raise": ``KeyboardInterrupt`` at once.
         time_limit, metric_time_limit: seconds for all and for each metric. They are kept at evaluations and batches, as
             Ctrl-C is, so a long batch is waited for. A metric that hangs between evaluations is interrupted by an alarm a
-            second later, if this is the main thread of a POSIX system; in C code it cannot be.
+            second later, if this is the main thread of a POSIX system; in C code it cannot be. On several ranks the clock of
+            the first one counts, at evaluations only, and Ctrl-C is ``KeyboardInterrupt``.
         state_file: keep the state of the measurement in this file, and go on from it if it is there: after a kill, to the
             same numbers bit for bit. Finished metrics are not measured again, and evaluations of the metric in hand only as
             far as they were not kept, which they are while keeping them takes at most 5 % of their time and the file no
@@ -106,10 +114,18 @@ def measure_sharpness(
     Raises:
         LoaderError, LossRuleError, NonFiniteLossError, UnknownNameError, ValueError: bad input, before anything is measured.
         StateFileError: the state file is that of other weights, data, metrics or versions, or damaged, or in use.
+        RanksApartError, RemoteFailureError: the ranks differ in what they measure, or another one has bad input.
+        LostRankError: a rank is gone, or does not come within the group's timeout.
     """
-    chosen = resolve_metrics(metrics)
-    listener = resolve_listener(progress)
-    switch = StopSwitch(time_limit=time_limit, metric_time_limit=metric_time_limit, on_interrupt=on_interrupt)
+    group = resolve_ranks(ranks)
+    with group.sharing("choosing metrics"):
+        chosen = resolve_metrics(metrics)
+        listener = resolve_listener(progress if group.rank == 0 or callable(progress) else False)
+        agree = None if group.is_alone else functools.partial(group.of, 0)
+        switch = StopSwitch(
+            time_limit=time_limit, metric_time_limit=metric_time_limit, on_interrupt=on_interrupt, agree=agree
+        )
+    group.agree("metrics", list(chosen))
     with switch:
         objective = Objective(
             model,
@@ -125,6 +141,7 @@ def measure_sharpness(
             seed=seed,
             plugin_rule=_ask_plugins,
             listener=listener,
+            ranks=group,
         )
         try:
             with kept_in(state_file, objective, chosen, seed) as keeper, objective.session():
@@ -133,7 +150,8 @@ def measure_sharpness(
         finally:
             if listener is not None:
                 listener(ProgressEvent(None, 0.0, None, 0.0))
-    report = SharpnessReport(run.results, objective.loss, run.provenance(), objective.cost)
+    said = group.of(objective.first_rank, (run.provenance(), objective.cost))
+    report = SharpnessReport(run.results, objective.loss, *said)
     if switch.interrupted:
         warnings.warn(f"the measurement was stopped {report.stopped}: {run.told()}", MeasurementWarning, stacklevel=2)
     for _ in registry.call_hook("sharpness_measure_end", report=report):
@@ -164,33 +182,40 @@ class _Run:
                 self.results[key] = self._one(key, metric)
 
     def _one(self, key: str, metric: Metric) -> MetricResult:
-        objective, switch, sharing = self._objective, self._switch, self._sharing
+        objective, switch, sharing, ranks = self._objective, self._switch, self._sharing, self._objective.ranks
         before = objective.cost
+        result: MetricResult
+        failed: Exception | None = None
+        rng = sampling.generator_for(self._seed, registry.metric_name(metric))
         try:
             expected = getattr(metric, "expected_passes", None)
             objective.announce(key, expected(objective) if expected is not None else None)
             with switch.metric(), self._keeper.steps_of(key):
-                rng = sampling.generator_for(self._seed, registry.metric_name(metric))
                 result = sharing.measure(key, objective, rng) if sharing.peers(key) else metric(objective, rng)
             result = _checked(result)
+        except LostRankError:
+            raise
         except (MeasurementStopped, Overdue) as stop:
             if not switch.raised:  # it is none of ours
                 raise
             had = "what hung could not be asked for what it had" if isinstance(stop, Overdue) else "it had no number yet"
             result = MetricResult.not_measured(f"stopped {switch.raised}, when {had}")
         except Exception as error:
-            if registry.is_strict():
-                raise
-            result = MetricResult.failed(f"{type(error).__name__}: {error}")
+            failed, result = error, MetricResult.failed("")
         else:
             if switch.raised:
                 result = result.interrupted(switch.raised)
+        if failure := ranks.close(key, failed, result.value):
+            cause, message = failure
+            if registry.is_strict():
+                raise cause
+            result = MetricResult.failed(message)
         self._stopped = self._stopped or switch.raised
+        result = ranks.of(objective.first_rank, result.with_cost(objective.cost - before))
         if result.status.kind is Kind.FAILED:
             origin = registry.metric_provenance(metric)
             where = f" (plugin {origin[0]!r} from {origin[1]} {origin[2]})" if origin and origin[1] else ""
             warnings.warn(f"metric {key!r}{where} failed: {result.status.message}", PluginWarning, stacklevel=4)
-        result = result.with_cost(objective.cost - before)
         self._keeper.done(key, result, drop=sharing.done_with(key))
         return result
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import distributed, registry, stopping
+from . import registry, stopping
 from .objective import Objective
 from .registry import Metric
 from .report import Cost, Kind, MetricResult, Status
@@ -61,10 +61,10 @@ def kept_in(
     if path is None:
         yield Keeper(None, list(metrics))
         return
-    if distributed.world_size() > 1:
+    if not objective.ranks.is_alone:
         raise ValueError(
-            f"a state file is for one process, and {distributed.world_size()} measure together. Leave state_file out, or "
-            "measure on one of them."
+            f"a state file is for one process, and {objective.ranks.size} measure together. Leave state_file out, or "
+            "measure on one of them with ranks='alone'."
         )
     identity = {**objective.identity(), **_identity_of(metrics, seed)}
     recorder = Recorder(StateFile(path, identity), work=objective.work, set_work=objective.set_work, like=objective.origin)

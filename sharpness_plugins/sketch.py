@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
+from .distributed import Ranks
 from .evaluation import Evaluator, WeightlessError
 from .losses import logits_of
 from .micro_batches import MicroBatches
@@ -29,25 +30,28 @@ class Sketch:
         evaluator: Evaluator,
         batches: Sequence[Batch],
         share: float,
+        ranks: Ranks,
         *,
         parts: MicroBatches,
         session: Callable[[], AbstractContextManager[None]],
         spend: Callable[[str, float], None],
     ) -> None:
-        self._evaluator, self._batches, self.share = evaluator, batches, share
+        self._evaluator, self._batches, self.share, self._ranks = evaluator, batches, share, ranks
         self._parts, self._session, self._spend = parts, session, spend
         self._origin = evaluator.space.origin
 
     def probabilities(self) -> Tensor | None:
         """Mean softmax of the outputs, shape ``(num_outputs,)``; None where the model's output is not a tensor of scores."""
-        sums: list[Tensor] = []
-        with self._session(), torch.no_grad():
-            for found in self._each(self._origin, lambda scores: scores.softmax(1).sum(0)):
-                if found is None:
-                    return None
-                sums.append(found)
+        sums: list[Tensor | None] = []
+        with self._session(), torch.no_grad(), self._ranks.sharing("mean outputs"):
+            found = self._each(self._origin, lambda scores: scores.softmax(1).sum(0))
+            sums.extend(None if entry is None else entry.cpu() for entry in found)
+        every = [entry for part in self._ranks.gather(sums) for entry in part]
+        known = [entry for entry in every if entry is not None]
+        if len(known) < len(every) or len({entry.shape for entry in known}) != 1:
+            return None
         self._spend("values", self.share)
-        return torch.stack(sums).sum(0)
+        return torch.stack(known).sum(0).to(self._origin.device)
 
     def gradient(self, direction: Tensor) -> Tensor | None:
         """Gradient of ``<direction, mean output>`` at the origin, shape ``(dim,)``; None where it does not exist.
@@ -55,20 +59,25 @@ class Sketch:
         Args:
             direction: shape ``(num_outputs,)``.
         """
-        gradient: Tensor | None = None
-        with self._session():
+        gradient = torch.zeros_like(self._origin)
+        with self._session(), self._ranks.sharing("a gradient of the outputs", (direction,)) as shared:
             leaf = self._origin.clone().requires_grad_()
 
             def differentiated(scores: Tensor) -> Tensor | None:
                 along = scores.sum(0) @ direction.to(scores)
                 return torch.autograd.grad(along, leaf, allow_unused=True)[0] if along.requires_grad else None
 
+            missing = 0
             for found in self._each(leaf, differentiated):
                 if found is None:
-                    return None
-                gradient = found if gradient is None else gradient.add_(found)
+                    missing = 1
+                    break
+                gradient += found
+            shared.numbers, shared.vector = [missing], gradient
+        if shared.numbers[0]:
+            return None
         self._spend("gradients", self.share)
-        return gradient
+        return shared.vector
 
     def _each(self, flat: Tensor, use: Callable[[Tensor], Tensor | None]) -> Iterator[Tensor | None]:
         """``use`` of the scores of every part of every batch."""

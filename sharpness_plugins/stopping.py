@@ -44,6 +44,8 @@ class StopSwitch:
         time_limit: seconds from now on; None for no limit.
         metric_time_limit: seconds for each metric.
         on_interrupt: one of ``ON_INTERRUPT``.
+        agree: on several ranks, gives all of them what the first one says, "" included: they end in the same evaluation.
+            Ctrl-C and the alarm, which would reach them at different moments, are then left alone.
     Attributes:
         raised: why the current metric was stopped, as the end of "stopped ..."; empty where it was not.
     """
@@ -54,6 +56,7 @@ class StopSwitch:
         time_limit: float | None = None,
         metric_time_limit: float | None = None,
         on_interrupt: str = "return",
+        agree: Callable[[str], str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if on_interrupt not in ON_INTERRUPT:
@@ -61,7 +64,9 @@ class StopSwitch:
         for name, limit in (("time_limit", time_limit), ("metric_time_limit", metric_time_limit)):
             if limit is not None and not 0 < limit < math.inf:
                 raise ValueError(f"{name} must be a positive number of seconds, or None, got {limit!r}")
-        self._takes_over = on_interrupt == "return"
+        self._agree = agree if time_limit is not None or metric_time_limit is not None else None
+        self._takes_over = on_interrupt == "return" and agree is None
+        self._may_alarm = agree is None and (time_limit is not None or metric_time_limit is not None)
         self._limit, self._metric_limit, self._clock = time_limit, metric_time_limit, clock
         self._end = math.inf if time_limit is None else clock() + time_limit
         self._metric_end = math.inf
@@ -83,7 +88,14 @@ class StopSwitch:
 
     @property
     def reason(self) -> str:
-        """Why the whole measurement is to stop, as the end of "stopped ..."; empty where it is not."""
+        """Why the whole measurement is to stop, as the end of "stopped ..."; empty where it is not. Collective."""
+        return self._agreed(self._reason)
+
+    def _agreed(self, reason: str) -> str:
+        return reason if self._agree is None else self._agree(reason)
+
+    @property
+    def _reason(self) -> str:
         if self._interrupted:
             return "by Ctrl-C"
         return f"at the time limit of {self._limit:g} s" if self._clock() >= self._end else ""
@@ -92,7 +104,7 @@ class StopSwitch:
     def _reason_now(self) -> str:
         if not self._in_metric:
             return ""
-        if (reason := self.reason) or self._clock() < self._metric_end:
+        if (reason := self._reason) or self._clock() < self._metric_end:
             return reason
         return f"at the time limit of {self._metric_limit:g} s for a metric"
 
@@ -101,7 +113,7 @@ class StopSwitch:
         self._beat = self._clock()
         if self._outer is not None:
             self._outer.check()
-        if reason := self._reason_now:
+        if reason := self._agreed(self._reason_now):
             self.raised = reason
             raise MeasurementStopped(f"stopped {reason}")
 
@@ -142,8 +154,7 @@ class StopSwitch:
         if threading.current_thread() is threading.main_thread():
             if self._takes_over and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 self._handle(signal.SIGINT, self._on_interrupt)
-            limited = self._limit is not None or self._metric_limit is not None
-            if limited and hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL:
+            if self._may_alarm and hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL:
                 self._handle(signal.SIGALRM, self._on_alarm)
                 self._has_alarm = True
         return self

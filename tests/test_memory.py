@@ -96,7 +96,7 @@ def test_a_whole_measurement_tries_each_size_once_for_each_kind_of_evaluation():
     begin = {"begin": lambda objective, rng: setattr(model, "most", 12) or MetricResult(0.0)}
     keyed = {str(i): metric for i, metric in enumerate(metrics)}
     report = measure_sharpness(model, loader, {**begin, **keyed})
-    assert set(model.refused) <= {40, 33, 20, 16, 32}
+    assert min(model.refused) > 12
     assert max(model.refused.values()) <= 3  # gradients, products, gradients of samples
     for old, new in zip(plain.values(), list(report.values())[1:], strict=True):
         assert new.value == pytest.approx(old.value, rel=1e-8)

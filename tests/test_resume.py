@@ -28,6 +28,7 @@ from sharpness_plugins import (
     steps,
     stopping,
 )
+from sharpness_plugins.distributed import Ranks
 from sharpness_plugins.metrics import EpsilonBox, HessianTopK, RandomSubspace
 from sharpness_plugins.objective import Objective
 from sharpness_plugins.report import Kind, MetricResult, SharpnessReport
@@ -503,10 +504,14 @@ def test_trees_come_back_bit_for_bit(dtype, tmp_path):
     file.close()
 
 
-def test_several_ranks_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(resuming.distributed, "world_size", lambda: 2)
-    with pytest.raises(ValueError, match="a state file is for one process, and 2 measure together"):
-        measure_sharpness(**changed("nothing"), state_file=tmp_path / "state")
+def test_several_ranks_are_refused(tmp_path):
+    objective = Objective(*problem_of())
+    objective.ranks = Ranks("own data", 0, 2)
+    with (
+        pytest.raises(ValueError, match="a state file is for one process, and 2 measure together"),
+        resuming.kept_in(tmp_path / "state", objective, {}, 0),
+    ):
+        pass
 
 
 # ---------------------------------------------------------------------- real kills
