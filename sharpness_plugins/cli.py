@@ -219,6 +219,11 @@ def _add_measure(commands: Any) -> None:
     measure.add_argument("--seed", type=int, metavar="N", help="default: 0")
     measure.add_argument("--device", help="default: where the model is")
     measure.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what the measurement would take, from one timed gradient and product, and end",
+    )
+    measure.add_argument(
         "--memory", metavar="BYTES", help="what may be kept between evaluations: 4GB (default: half of what is free)"
     )
     measure.add_argument(
@@ -379,10 +384,11 @@ def _measure(arguments: argparse.Namespace) -> int:
                 settings[name] = getattr(arguments, name)
         if arguments.quiet:
             settings["progress"] = False
+        if arguments.dry_run:
+            return _dry_run(arguments, settings)
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "the measurement was stopped by Ctrl-C", MeasurementWarning
-            )  # the table says so
+            # the table says so
+            warnings.filterwarnings("ignore", "the measurement was stopped by Ctrl-C", MeasurementWarning)
             report = measure_sharpness(**settings)
     if arguments.json == "-":
         print(report.to_json())
@@ -395,6 +401,17 @@ def _measure(arguments: argparse.Namespace) -> int:
         return INTERRUPTED
     incomplete = any(result.status.kind in ("failed", "interrupted", "not measured") for result in report.values())
     return METRIC_FAILED if incomplete else OK
+
+
+def _dry_run(arguments: argparse.Namespace, settings: Mapping[str, Any]) -> int:
+    from . import plan_measurement
+
+    known = inspect.signature(plan_measurement).parameters
+    plan = plan_measurement(**{name: value for name, value in settings.items() if name in known})
+    print(plan.to_json() if arguments.json == "-" else plan)
+    if arguments.json not in (None, "-"):
+        Path(arguments.json).write_text(plan.to_json() + "\n", encoding="utf-8")
+    return OK
 
 
 def _asked(text: str) -> tuple[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -9,15 +10,29 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from . import sampling, steps
+from .expected import NOTHING, ExpectedWork, Range
 from .krylov import Ending, LanczosRequest, LanczosResult
-from .lanczos import lanczos
+from .lanczos import basis_of_use, lanczos
 from .objective import Objective
 from .operators import Curvature, Operator
 from .report import MetricResult
 from .traces import Probes
 
-__all__ = ["KrylovMetric", "KrylovNeed", "KrylovPass", "KrylovSharing", "measure_alone", "measure_operator"]
+__all__ = [
+    "KrylovMetric",
+    "KrylovNeed",
+    "KrylovPass",
+    "KrylovSharing",
+    "expected_products",
+    "expected_trial",
+    "measure_alone",
+    "measure_operator",
+    "merged",
+    "probes_beside",
+]
 
+_FEWEST_PROBES = 4
+_TRIED = 8  # samples
 _WHOLE = 100  # parameters: so few have their whole matrix, and with it the multiplicities that one start does not see
 
 
@@ -30,11 +45,13 @@ class KrylovNeed:
         request: eigenvalues that must converge; None for none.
         num_steps: of the space of the starting vector itself, where nothing must converge; the run makes as many at least,
             and ends earlier only where the space is exhausted, or restarts earlier where memory holds no more vectors.
+        num_products: that it takes in all, the rest of them with probes outside of the space; 0 for no probes.
     """
 
     operator: Curvature
     request: LanczosRequest | None = None
     num_steps: int = 0
+    num_products: int = 0
 
     def __post_init__(self) -> None:
         if self.request is None and self.num_steps < 1:
@@ -148,6 +165,32 @@ def measure_operator(
     return {name: metric.from_krylov(shared) for name, metric in named.items()}
 
 
+def probes_beside(used: int, num_products: int) -> int:
+    """What a run has left of a metric's products; a tenth of the run where it has left nothing, so that all together cost
+    1.1 times the dearest, and at least four for the sake of the standard error.
+    """
+    return max(num_products - used, used // 10, _FEWEST_PROBES)
+
+
+def expected_products(needs: list[KrylovNeed], dim: int) -> Range:
+    """Of one run that meets the needs."""
+    request, steps = merged(needs, dim), min(max(need.num_steps for need in needs), dim)
+    asked = [need.request for need in needs if need.request is not None]
+    if not asked:
+        return Range.exactly(steps)
+    low = min(max(steps, request.wanted), dim, request.num_matvecs)
+    high = request.num_matvecs if basis_of_use(request, dim) < dim else min(dim, request.num_matvecs)
+    found = [(50 * one.k if one.which == "SA" else 3 * one.k + 7) * (1.6 if one.check_multiplicity else 1) for one in asked]
+    whole = dim <= min(_WHOLE, request.num_matvecs)
+    return Range(low, min(max(dim if whole else max(found), low), high), high)
+
+
+def expected_trial(objective: Objective) -> Range:
+    """Gradients that trying out the ways of Hessian products takes, once, on a few samples or one batch."""
+    few = min(_TRIED, objective.num_samples or _TRIED) / max(objective.num_samples, _TRIED)
+    return Range(0.0, 8 * few, 12 * (few + 1 / objective.num_batches))
+
+
 class KrylovSharing:
     """Which metrics of a measurement share a run; makes it when the first of them is measured, frees it after the last.
 
@@ -160,6 +203,7 @@ class KrylovSharing:
         for key, metric in metrics.items():
             if isinstance(metric, KrylovMetric) and (need := _need_of(metric)) is not None:
                 asking[key] = metric, need
+        self._needs = {key: need for key, (_, need) in asking.items()}
         groups = [need.group for _, need in asking.values()]
         self._members = {key: entry for key, entry in asking.items() if groups.count(entry[1].group) > 1}
         self._waiting = set(self._members)
@@ -203,6 +247,32 @@ class KrylovSharing:
         details = {**result.details, "run_shared_with": self.peers(key), "run_paid_by": payer}
         status = replace(result.status, message=f"{result.status.message}; {said}".lstrip("; "))
         return replace(result, status=status, details=details)
+
+    def expected_work(self, key: str, objective: Objective) -> ExpectedWork | None:
+        """What a metric takes that reads a run, the products of the run with the first of its group; None for others."""
+        need = self._needs.get(key)
+        if need is None:
+            return None
+        group = [other for other in self._needs if other == key or other in self.peers(key)]
+        dim = need.operator.on(objective).dim
+        needs = [self._needs[other] for other in group]
+        run = expected_products(needs, dim)
+        before = max((self._probes(other, run, dim).typical for other in group[: group.index(key)]), default=0.0)
+        probes = self._probes(key, run, dim)
+        if group[0] != key:
+            return ExpectedWork(hvps=Range(0.0, max(probes.typical - before, 0.0), probes.high))
+        trial = expected_trial(objective) if need.operator.matrix == "hessian" else NOTHING
+        vectors = basis_of_use(merged(needs, dim), dim)
+        return ExpectedWork(gradients=trial, hvps=run.plus(probes), vectors=math.ceil(vectors * dim / objective.dim))
+
+    def _probes(self, key: str, run: Range, dim: int) -> Range:
+        """What a metric takes beside the run; nothing where that spans the whole space."""
+        count = self._needs[key].num_products
+        if not count or run.low >= dim:
+            return NOTHING
+        low, typical, high = (probes_beside(int(used), count) for used in (run.high, run.typical, run.low))
+        may_be_whole = run.high >= dim
+        return Range(0.0 if may_be_whole else min(low, high), typical, max(low, high))
 
     def resume(self, key: str, result: MetricResult) -> None:
         """A metric that was measured before: who paid for the run, if it read one, is known."""

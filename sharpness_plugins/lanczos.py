@@ -16,7 +16,7 @@ from .errors import MeasurementStopped
 from .krylov import HALF_ROUNDING, Ending, LanczosRequest, LanczosResult
 from .memory import MemoryBudget, free_bytes, said_bytes
 
-__all__ = ["MatVec", "lanczos"]
+__all__ = ["MatVec", "basis_of_use", "lanczos"]
 
 MatVec = Callable[[Tensor], Tensor]
 
@@ -417,14 +417,18 @@ def _bounds(ritz: _Ritz) -> Tensor:
     return torch.where(gap > r, r * (r / gap), r).clamp(min=ritz.rounding)
 
 
+def basis_of_use(request: LanczosRequest, dim: int) -> int:
+    """Vectors that a run stores where memory holds them."""
+    most = request.max_basis if request.max_basis is not None else 2 * request.k + 4
+    if request.check_multiplicity:
+        most = max(most, min(request.wanted, dim) + _SPARE)
+    return min(max(most, min(request.wanted, dim) + 2), dim)
+
+
 def _basis_size(start: Tensor, request: LanczosRequest, wanted: int, memory: MemoryBudget | None = None) -> int:
     """Vectors to allocate: as many as are of use, or as fit."""
     dim, per_vector = start.numel(), bytes_per_vector(start, request.storage)
-    smallest = min(wanted + 2, dim)
-    most = request.max_basis if request.max_basis is not None else 2 * request.k + 4
-    if request.check_multiplicity:
-        most = max(most, wanted + _SPARE)
-    size = min(max(most, smallest), dim)
+    smallest, size = min(wanted + 2, dim), basis_of_use(request, dim)
     free, budget, how = request.basis_bytes, request.basis_bytes, "free"
     if budget is None:
         on_host = request.storage == "host" and start.device.type != "cpu"

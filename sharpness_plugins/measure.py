@@ -31,7 +31,7 @@ from .resuming import Keeper, kept_in
 from .space import Select
 from .stopping import Overdue, StopSwitch
 
-__all__ = ["DEFAULT_METRICS", "Metrics", "measure_sharpness", "resolve_metrics"]
+__all__ = ["DEFAULT_METRICS", "Metrics", "ask_plugins", "measure_sharpness", "resolve_metrics"]
 
 # by their qualified names: a plugin that offers one of these names makes the bare name ambiguous, but not this call
 DEFAULT_METRICS = ("builtin:epsilon_box", "builtin:random_subspace", "builtin:hessian_topk")
@@ -139,7 +139,7 @@ def measure_sharpness(
             memory=memory,
             cache_bytes=cache_bytes,
             seed=seed,
-            plugin_rule=_ask_plugins,
+            plugin_rule=ask_plugins,
             listener=listener,
             ranks=group,
         )
@@ -244,7 +244,8 @@ def _checked(result: Any) -> MetricResult:
     return result
 
 
-def _ask_plugins(model: nn.Module, batch: Any, criterion: Any) -> LossFn | None:
+def ask_plugins(model: nn.Module, batch: Any, criterion: Any) -> LossFn | None:
+    """A plugin's loss for the model, if one has it."""
     answer: LossFn | None = registry.first_answer("sharpness_resolve_loss", model=model, batch=batch, criterion=criterion)
     return answer
 

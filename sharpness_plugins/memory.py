@@ -108,6 +108,11 @@ class MemoryBudget:
         return math.inf if self.total is None else max(self.total - sum(self._held.values()), 0)
 
     @property
+    def held(self) -> dict[str, int]:
+        """Bytes by who keeps them now."""
+        return dict(self._held)
+
+    @property
     def for_batches(self) -> int:
         """What the batches may take: half of what is left, and at most 4 GiB unless a budget was given."""
         most = _MOST_BATCHES if self.is_automatic else math.inf

@@ -17,6 +17,7 @@ ADAPTERS = PACKAGE.parent / "adapters" / "sharpness_adapters"
 LAYERS = {
     "distributed": 0,
     "errors": 0,
+    "expected": 0,
     "interrupts": 0,
     "memory": 0,
     "progress": 0,
@@ -66,6 +67,7 @@ LAYERS = {
     "metrics": 3,
     "builtin": 4,
     "measure": 4,
+    "planning": 4,
     "resuming": 3,
     "monitor": 4,
     "signals": 4,
@@ -107,6 +109,7 @@ SAME_LAYER = {  # who may import whom beside itself; everything else in a layer 
     "optimizers": {"accumulation", "batches", "kernels"},
     "pacing": {"schedules"},
     "monitor": {"measure"},
+    "planning": {"measure"},
     "probe": {"batches"},
     "shares": {"batches"},
     "signals": {"measure"},

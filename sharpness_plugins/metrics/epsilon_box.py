@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import reductions, steps
+from ..expected import ExpectedWork, Range
+from ..krylov_pass import expected_trial
+from ..lanczos import basis_of_use
 from ..maximizers import Maximizer, MultiStart, from_tree, park, to_tree, unpark
 from ..objective import Objective
 from ..regions import Box
@@ -77,6 +80,22 @@ class EpsilonBox:
         if keskar.uses_proposals(self.maximizer):
             passes += 2 * self.max_targets + 6 + 4 * self.eigenvectors
         return passes
+
+    def expected_work(self, objective: Objective) -> ExpectedWork:
+        gradients = keskar.expected_gradients(self.maximizer)
+        if not keskar.uses_proposals(self.maximizer):
+            return ExpectedWork(gradients=gradients)
+        most = 2 * self.max_targets + 7 if self.max_targets else 0
+        if not self.eigenvectors:
+            return ExpectedWork(values=Range(0, most, most), gradients=gradients)
+        run = starts.eigenvector_request(self.eigenvectors, objective.dim)
+        found = min(4 * self.eigenvectors + 10, run.num_matvecs)
+        return ExpectedWork(
+            values=Range(0, most, most),
+            gradients=gradients.plus(expected_trial(objective)),
+            hvps=Range(min(run.k, found), found, run.num_matvecs),
+            vectors=basis_of_use(run, objective.dim),
+        )
 
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
         keskar.check_loss(objective.loss)

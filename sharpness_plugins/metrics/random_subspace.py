@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import reductions, sampling, steps
 from ..errors import MeasurementStopped
+from ..expected import ExpectedWork
 from ..maximizers import Ascent, Maximizer, MultiStart
 from ..objective import Objective
 from ..regions import Box, Subspace
@@ -74,6 +75,9 @@ class RandomSubspace:
 
     def expected_passes(self, objective: Objective) -> float:
         return keskar.budget_of(self.maximizer) * self.draws
+
+    def expected_work(self, objective: Objective) -> ExpectedWork:
+        return ExpectedWork(gradients=keskar.expected_gradients(self.maximizer).times(self.draws))
 
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
         keskar.check_loss(objective.loss)
