@@ -54,6 +54,7 @@ class MeasurementPlan:
         seconds: of all metrics that say what they take; ``is_complete`` tells whether those are all.
         seconds_per_gradient, seconds_per_product: measured here, on the model and the data; the second is None where no
             metric multiplies, or NaN where the model has no products, and ``notes`` say why.
+        seconds_once: that the first product takes beside: trying out the ways, and what torch sets up in a process.
         bytes: that would be kept at once from one evaluation to the next, by what they are: weights and vectors, batches,
             Krylov basis, graphs. What one evaluation takes itself comes on top.
         budget: that ``bytes`` are held to; None where there is no limit.
@@ -65,6 +66,7 @@ class MeasurementPlan:
     seconds: Range
     seconds_per_gradient: float
     seconds_per_product: float | None
+    seconds_once: float
     bytes: Mapping[str, int]
     budget: int | None
     passes_spent: float
@@ -93,6 +95,7 @@ class MeasurementPlan:
             "is_complete": self.is_complete,
             "seconds_per_gradient": self.seconds_per_gradient,
             "seconds_per_product": _finite(self.seconds_per_product),
+            "seconds_once": self.seconds_once,
             "bytes": dict(self.bytes),
             "budget": self.budget,
             "passes_spent": self.passes_spent,
@@ -121,7 +124,7 @@ class MeasurementPlan:
         at_least = "" if self.is_complete else "at least "
         timed = f"{self.seconds_per_gradient:.3g} s a gradient"
         if self.seconds_per_product is not None and not math.isnan(self.seconds_per_product):
-            timed += f", {self.seconds_per_product:.3g} s a product"
+            timed += f", {self.seconds_per_product:.3g} s a product and {self.seconds_once:.2g} s more for the first"
         kept = ", ".join(f"{what} {said_bytes(count)}" for what, count in self.bytes.items())
         of = "" if self.budget is None else f" of {said_bytes(self.budget)}"
         ends = [f"time: {at_least}{self.seconds} s ({timed}, measured)"]
@@ -200,6 +203,7 @@ def plan_measurement(
         total,
         gradient,
         product,
+        first,
         kept,
         objective.memory.total,
         objective.cost.passes,
