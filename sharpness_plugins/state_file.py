@@ -62,11 +62,10 @@ class StateFile:
         self._identity = dict(identity)
         self._places: dict[str, _Place] = {}
         self._end = 0
-        self.is_new = not self.path.exists()
-        if self.is_new:
-            self._file = self._written_anew()
-        else:
-            self._file = self._opened()
+        self._file: io.FileIO
+        if not self.path.exists():
+            self._put_in_place()
+        self._file = self._opened()
 
     @property
     def live_bytes(self) -> int:
@@ -119,10 +118,7 @@ class StateFile:
 
     def compact(self) -> None:
         """Write the file anew with what is live."""
-        before, places = self._file, self._places
-        file = self._written_anew(before, places)
-        self._file = file
-        before.close()
+        self._put_in_place()
 
     def close(self) -> None:
         self._file.close()
@@ -158,41 +154,61 @@ class StateFile:
         if key:
             self._places[key] = _Place(start, size, header)
 
-    def _written_anew(self, before: io.FileIO | None = None, places: Mapping[str, _Place] | None = None) -> io.FileIO:
-        """The file with these records, put in its place when it is whole."""
+    def _put_in_place(self) -> None:
+        """The file with what is live, written beside itself and put in its place when it is whole."""
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        file = io.FileIO(beside, "w+")
-        kept: dict[str, _Place] = {}
+        places: dict[str, _Place] = {}
         try:
-            _write(file, _MAGIC)
-            text = json.dumps({"identity": self._identity}).encode()
-            _write(file, _HEAD.pack(_MARK, len(text), 0, zlib.crc32(text)) + text)
-            for key, place in (places or {}).items():
-                assert before is not None
-                start = file.tell()
-                before.seek(place.start - (place.size - sum(count for *_, count in place.header["tensors"])))
-                _copy(before, file, place.size)
-                kept[key] = place._replace(start=start + place.size - sum(c for *_, c in place.header["tensors"]))
-            os.fsync(file.fileno())
-            self._lock(file)
-            os.replace(beside, self.path)
-        except BaseException:
-            file.close()
+            with io.FileIO(beside, "w+") as file:
+                _write(file, _MAGIC)
+                text = json.dumps({"identity": self._identity}).encode()
+                _write(file, _HEAD.pack(_MARK, len(text), 0, zlib.crc32(text)) + text)
+                for key, place in self._places.items():
+                    ahead = place.size - sum(count for *_, count in place.header["tensors"])
+                    places[key] = place._replace(start=file.tell() + ahead)
+                    self._file.seek(place.start - ahead)
+                    _copy(self._file, file, place.size)
+                end = file.tell()
+                os.fsync(file.fileno())
+            is_open = hasattr(self, "_file")
+            if is_open:
+                self._file.close()  # some systems replace no file that is open
+            try:
+                os.replace(beside, self.path)
+                self._places, self._end = places, end
+            finally:
+                if is_open:
+                    self._file = self._locked()
+        finally:
             beside.unlink(missing_ok=True)
-            raise
-        self._places, self._end = kept, file.tell()
-        return file
 
     def _opened(self) -> io.FileIO:
         if self.path.is_dir():
             raise StateFileError(f"the state file {self.path} is a folder. Name a file.")
-        file = io.FileIO(self.path, "r+")
+        file = self._locked()
         try:
-            self._lock(file)
             self._load(file)
         except BaseException:
             file.close()
             raise
+        return file
+
+    def _locked(self) -> io.FileIO:
+        """The file, open; nobody else opens it so until it is closed, or this process ends."""
+        file = io.FileIO(self.path, "r+")
+        try:
+            fcntl: Any = importlib.import_module("fcntl")
+            # of this process alone: a lock of the file's would be kept by workers that a loader has forked
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # not on Windows
+            pass
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise StateFileError(
+                f"the state file {self.path} is in use by another process, which would overwrite it. Name another file."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
         return file
 
     def _load(self, file: io.FileIO) -> None:
@@ -233,21 +249,6 @@ class StateFile:
 
     def _damaged(self, how: str) -> str:
         return f"the state file {self.path} is damaged ({how}). Delete it to begin anew."
-
-    def _lock(self, file: io.FileIO) -> None:
-        """Until it is closed, also by a kill."""
-        try:
-            fcntl: Any = importlib.import_module("fcntl")
-        except ImportError:  # not on Windows
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StateFileError(
-                f"the state file {self.path} is in use by another process, which would overwrite it. Name another file."
-            ) from None
-        except OSError:  # a file system without locks
-            return
 
 
 def bytes_of(tree: Tree) -> int:

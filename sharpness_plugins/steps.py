@@ -63,11 +63,12 @@ class Recorder:
 
     def close(self) -> None:
         """Keep what is live."""
-        if self._file is not None:
-            with self._timed():
+        with self._bearing_a_full_disk():
+            if self._file is not None:
                 self._file.compact()
-                self._file.close()
-            self._file = None
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
     def recall(self, key: str, kind: str, about: int | None = None) -> tuple[bool, Any]:
         """Whether there is such a step, and its answer."""
@@ -75,9 +76,11 @@ class Recorder:
             return False, None
         if self._file.label(key)[:2] != [kind, about]:
             # another path than the one that was kept: what lies on it is of no use
-            self._file.drop(key.split("/")[0] + "/")
+            path = self._file.path
+            with self._bearing_a_full_disk():
+                self._file.drop(key.split("/")[0] + "/")
             warnings.warn(
-                f"the evaluations are others than those in the state file {self._file.path} (another processor, number of "
+                f"the evaluations are others than those in the state file {path} (another processor, number of "
                 "threads or version of a plugin?), so what it had of the metric in hand is computed again",
                 MeasurementWarning,
                 stacklevel=2,
@@ -95,28 +98,15 @@ class Recorder:
         """Write an answer, if that can be afforded; ``must`` for what is small or replaces more than it adds."""
         if self._file is None or stopping.is_stopped():  # then it is not the whole answer
             return
-        try:
+        with self._bearing_a_full_disk(), contextlib.suppress(TypeError):  # a third party's details, say, go into no file
             size = bytes_of(answer)
             if not must and size > _SMALL and not self._affords(size):
                 return
-            with self._timed():
-                self._file.write(key, answer, [kind, about, self._work()], drop=drop)
-                self._written += size
-                if time.monotonic() - self._flushed > _FLUSH_EVERY:
-                    self._file.flush()
-                    self._flushed = time.monotonic()
-        except TypeError:  # a third party's details, say: they are computed again
-            return
-        except OSError as error:
-            warnings.warn(
-                f"the state file {self._file.path} cannot be written ({error}), so from here on this measurement cannot be "
-                "resumed; it goes on",
-                MeasurementWarning,
-                stacklevel=2,
-            )
-            with contextlib.suppress(OSError):
-                self._file.close()
-            self._file = None
+            self._file.write(key, answer, [kind, about, self._work()], drop=drop)
+            self._written += size
+            if time.monotonic() - self._flushed > _FLUSH_EVERY:
+                self._file.flush()
+                self._flushed = time.monotonic()
 
     def digest(self, about: Any) -> int:
         with self._timed():
@@ -129,6 +119,25 @@ class Recorder:
         rate = self._written / self._spent if self._written > 10 * _SMALL else _FIRST_RATE
         fits = self._file is not None and self._file.live_bytes + size <= self._limit
         return fits and self._spent + size / rate <= _SHARE * self._computed + self._allowance
+
+    @contextlib.contextmanager
+    def _bearing_a_full_disk(self) -> Iterator[None]:
+        """Timed; where the file cannot be written, nothing is kept any more, and the measurement goes on."""
+        try:
+            with self._timed():
+                yield
+        except OSError as error:
+            if self._file is None:
+                return
+            warnings.warn(
+                f"the state file {self._file.path} cannot be written ({error}), so from here on this measurement cannot be "
+                "resumed; it goes on",
+                MeasurementWarning,
+                stacklevel=4,
+            )
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:

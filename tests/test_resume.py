@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import math
 import subprocess
@@ -319,10 +318,13 @@ def test_a_folder_and_a_place_that_is_none_are_refused(tmp_path):
 def test_a_file_in_use_is_refused(tmp_path):
     path = tmp_path / "state"
     measure_sharpness(**changed("nothing"), state_file=path)
-    with path.open("rb") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    program = "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
         with pytest.raises(StateFileError, match="in use by another process"):
             measure_sharpness(**changed("nothing"), state_file=path)
+        other.communicate(b"\n")
+    measure_sharpness(**changed("nothing"), state_file=path)
 
 
 def killed_file(tmp_path: Path, counter: Counter) -> tuple[Path, dict[str, Any]]:
