@@ -146,11 +146,11 @@ class HessianProducts:
 
     def state(self) -> list[Any]:
         """What the probe chose, as JSON."""
-        return [self._chosen, self.mode, self.check]
+        return [self._chosen, self.mode, self.check, self._closed, self._forms]
 
     def set_state(self, state: list[Any]) -> None:
         """Go on with what a probe chose before, on the same model and data."""
-        self._chosen, self.mode, self.check = state
+        self._chosen, self.mode, self.check, self._closed, self._forms = state
 
     def __call__(self, rows: Tensor, part: Part, *, keep: bool) -> Tensor:
         """The Hessian at the point times each of the rows, shape ``(k, dim)``.
