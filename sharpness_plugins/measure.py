@@ -22,7 +22,7 @@ from . import registry, sampling
 from .distributed import resolve_ranks
 from .errors import LostRankError, MeasurementStopped, MeasurementWarning, PluginWarning
 from .krylov_pass import KrylovSharing
-from .losses import LossFn
+from .losses import LossFn, unwrap
 from .objective import Objective
 from .progress import ProgressEvent, ProgressListener, resolve_listener
 from .registry import Metric
@@ -31,7 +31,7 @@ from .resuming import Keeper, kept_in
 from .space import Select
 from .stopping import Overdue, StopSwitch
 
-__all__ = ["DEFAULT_METRICS", "Metrics", "ask_plugins", "measure_sharpness", "resolve_metrics"]
+__all__ = ["DEFAULT_METRICS", "Metrics", "ask_plugins", "measure_sharpness", "resolve_metrics", "trained_part"]
 
 # by their qualified names: a plugin that offers one of these names makes the bare name ambiguous, but not this call
 DEFAULT_METRICS = ("builtin:epsilon_box", "builtin:random_subspace", "builtin:hessian_topk")
@@ -118,31 +118,34 @@ def measure_sharpness(
         LostRankError: a rank is gone, or does not come within the group's timeout.
     """
     group = resolve_ranks(ranks)
-    with group.sharing("choosing metrics"):
-        chosen = resolve_metrics(metrics)
-        listener = resolve_listener(progress if group.rank == 0 or callable(progress) else False)
-        agree = None if group.is_alone else functools.partial(group.of, 0)
-        switch = StopSwitch(
-            time_limit=time_limit, metric_time_limit=metric_time_limit, on_interrupt=on_interrupt, agree=agree
-        )
-    group.agree("metrics", list(chosen))
+    with group.together():
+        with group.sharing("choosing metrics"):
+            chosen = resolve_metrics(metrics)
+            listener = resolve_listener(progress if group.rank == 0 or callable(progress) else False)
+            model = trained_part(model)
+            agree = None if group.is_alone else functools.partial(group.of, 0)
+            switch = StopSwitch(
+                time_limit=time_limit, metric_time_limit=metric_time_limit, on_interrupt=on_interrupt, agree=agree
+            )
+        group.agree("metrics", list(chosen))
     with switch:
-        objective = Objective(
-            model,
-            loader,
-            loss_fn=loss_fn,
-            criterion=criterion,
-            select=select,
-            batch_norm=batch_norm,
-            max_samples=max_samples,
-            device=device,
-            memory=memory,
-            cache_bytes=cache_bytes,
-            seed=seed,
-            plugin_rule=ask_plugins,
-            listener=listener,
-            ranks=group,
-        )
+        with group.together():
+            objective = Objective(
+                model,
+                loader,
+                loss_fn=loss_fn,
+                criterion=criterion,
+                select=select,
+                batch_norm=batch_norm,
+                max_samples=max_samples,
+                device=device,
+                memory=memory,
+                cache_bytes=cache_bytes,
+                seed=seed,
+                plugin_rule=ask_plugins,
+                listener=listener,
+                ranks=group,
+            )
         try:
             with kept_in(state_file, objective, chosen, seed) as keeper, objective.session():
                 run = _Run(objective, chosen, seed, switch, keeper)
@@ -197,9 +200,13 @@ class _Run:
             raise
         except (MeasurementStopped, Overdue) as stop:
             if not switch.raised:  # it is none of ours
+                ranks.leave(stop)
                 raise
             had = "what hung could not be asked for what it had" if isinstance(stop, Overdue) else "it had no number yet"
             result = MetricResult.not_measured(f"stopped {switch.raised}, when {had}")
+        except (KeyboardInterrupt, SystemExit) as error:
+            ranks.leave(error)
+            raise
         except Exception as error:
             failed, result = error, MetricResult.failed("")
         else:
@@ -242,6 +249,12 @@ def _checked(result: Any) -> MetricResult:
             details=result.details,
         )
     return result
+
+
+def trained_part(model: nn.Module) -> nn.Module:
+    """What a plugin that knows the kind says is trained of it."""
+    found: nn.Module | None = registry.first_answer("sharpness_unwrap_model", model=unwrap(model)[0])
+    return model if found is None else found
 
 
 def ask_plugins(model: nn.Module, batch: Any, criterion: Any) -> LossFn | None:

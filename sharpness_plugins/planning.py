@@ -17,7 +17,7 @@ from .errors import SecondDerivativeError
 from .expected import NOTHING, ExpectedWork, Range
 from .krylov_pass import KrylovSharing
 from .losses import LossFn
-from .measure import Metrics, ask_plugins, resolve_metrics
+from .measure import Metrics, ask_plugins, resolve_metrics, trained_part
 from .memory import said_bytes
 from .objective import Objective
 from .registry import Metric
@@ -163,7 +163,7 @@ def plan_measurement(
     """
     chosen = resolve_metrics(metrics)
     objective = Objective(
-        model,
+        trained_part(model),
         loader,
         loss_fn=loss_fn,
         criterion=criterion,

@@ -6,12 +6,13 @@ import contextlib
 import csv
 import io
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .. import files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,14 +52,5 @@ def write_results(
         figure.savefig(png, format="png", dpi=150)
         contents[name] = png.getvalue()
     for name, content in contents.items():
-        _write_atomically(folder / name, content)
+        files.write(folder / name, content)
     return [folder / name for name in contents]
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
