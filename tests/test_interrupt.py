@@ -15,6 +15,7 @@ import threading
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -412,6 +413,47 @@ def test_a_time_limit_on_the_command_line_ends_with_2(tmp_path, capsys, monkeypa
     assert main(["measure", "limited_setup.py:build", "--metric", "random_subspace:draws=10000", "--time-limit", "0.3"]) == 2
     assert "stopped at the time limit of 0.3 s" in capsys.readouterr().out
     del sys.modules["limited_setup"]
+
+
+RANKS = """
+    import os, sys, time
+    import torch
+    sys.path.insert(0, {tests!r})
+    import oracles
+    from sharpness_plugins import measure_sharpness
+
+    def child(rank):
+        # rank 1 is slow, and would reach the limit at other evaluations than rank 0
+        torch.distributed.init_process_group("gloo", init_method="file://{folder}/store", rank=rank, world_size=2)
+        problem, slow = oracles.small_classifier(num_samples=40), lambda event: time.sleep(0.01 * rank)
+        many = "random_subspace"
+        report = measure_sharpness(
+            problem.model, problem.loader(13, 27), ["hessian_topk", many, "epsilon_box"], progress=slow, **{limits}
+        )
+        print(rank, report.stopped, [(str(r.status.kind), r.value) for r in report.values()], sep="|", flush=True)
+        torch.distributed.destroy_process_group()
+
+    children = []
+    for rank in range(2):
+        if (pid := os.fork()) == 0:
+            child(rank)
+            os._exit(0)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_ranks_stop_at_the_same_evaluation(tmp_path):
+    program = textwrap.dedent(RANKS).format(tests=str(Path(__file__).parent), folder=tmp_path, limits={"time_limit": 0.3})
+    told = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=200, cwd=tmp_path, check=False
+    )
+    assert told.returncode == 0, told.stderr
+    first, second = (line.split("|", 1)[1] for line in sorted(told.stdout.splitlines()))
+    assert first == second
+    assert first.startswith("at the time limit of 0.3 s|")
+    assert "('not measured', nan)]" in first
 
 
 @pytest.mark.parametrize("seed", range(3))
