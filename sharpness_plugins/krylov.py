@@ -25,6 +25,7 @@ class Ending(str, Enum):
     WHOLE_SPACE = "the basis spans the whole space"
     BUDGET = "the budget of products ran out"
     UNSEARCHED = "the budget of products ran out in the search for hidden copies"
+    STOPPED = "the measurement was stopped"
 
     def __str__(self) -> str:
         return self.value
@@ -151,7 +152,7 @@ class LanczosResult:
 
     @property
     def converged(self) -> bool:
-        return self.ending not in (Ending.BUDGET, Ending.UNSEARCHED)
+        return self.ending not in (Ending.BUDGET, Ending.UNSEARCHED, Ending.STOPPED)
 
     @property
     def vectors(self) -> Tensor:

@@ -115,7 +115,7 @@ class HessianTopK:
     def _status(self, run: LanczosResult, how: str) -> Status:
         pairs = zip(run.values[: self.k].tolist(), run.residuals[: self.k].tolist(), strict=True)
         how += f", largest relative residual {max(r / abs(value) if value else 0.0 for value, r in pairs):.1e}"
-        if len(run.values) < self.k:
+        if len(run.values) < self.k and run.ending is not Ending.STOPPED:
             how += f"; k={self.k} was lowered to the number of parameters"
         if run.converged:
             met = "at the rounding of the products, or " if run.ending is Ending.ROUNDING else ""
@@ -128,7 +128,8 @@ class HessianTopK:
             if run.ending is Ending.UNSEARCHED
             else f"the residuals fell below {self.tolerance:g}"
         )
-        return Status(Kind.NOT_CONVERGED, f"the budget of {self._budget()} products ran out before {before} ({how}){bound}")
+        cause = run.ending if run.ending is Ending.STOPPED else f"the budget of {self._budget()} products ran out"
+        return Status(Kind.NOT_CONVERGED, f"{cause} before {before} ({how}){bound}")
 
 
 def _with_guards(guard: int) -> str:

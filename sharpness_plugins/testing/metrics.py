@@ -455,7 +455,9 @@ class _MetricSuite:
         problem = problems.classifier()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            report = measure_sharpness(problem.model, problem.loader, {"it": self._fresh(problem.model)}, progress=False)
+            report = measure_sharpness(
+                problem.model, problem.loader, {"it": self._fresh(problem.model)}, progress=False, on_interrupt="raise"
+            )
         if report["it"].cost is None:
             raise Violation("no cost is told of it")
         again = SharpnessReport.from_json(report.to_json())
