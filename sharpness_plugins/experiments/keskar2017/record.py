@@ -3,7 +3,8 @@
 ``Record`` holds every trained network once, with all that was measured on it, and studies (``STUDIES``) that say which
 networks are to be compared: ``record.networks("matched_loss", "large")`` are those of one role in order of the seeds, and
 ``record.paired("matched_loss", box("full", 1e-3, "ours"))`` compares two roles seed by seed. Curves and trajectories
-are beside them. A study that was not asked for is absent, a measurement that was not made is None or an empty tuple, and what is not finite is NaN here and null in the file.
+are beside them. A study that was not asked for is absent, a measurement that was not made is None or an empty tuple, and
+what is not finite is NaN here and null in the file.
 
 The file holds no times, host names or paths: the same settings on the same machine give the same bytes, also after a kill.
 Layout of the folder: ``record.json`` (this), ``timings.json`` (seconds by unit of work, not part of the record) and
@@ -382,9 +383,10 @@ class Record:
         if not isinstance(data, Mapping) or data.get("schema_version") != SCHEMA_VERSION or "all_networks" not in data:
             raise ValueError(f"this is not a record of the reproduction of schema version {SCHEMA_VERSION}")
         try:
-            return _from_plain(cls, data)
+            record: Record = _from_plain(cls, data)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"this record is damaged: {type(error).__name__}: {error}") from error
+        return record
 
     @classmethod
     def from_json(cls, text: str) -> Record:
