@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -58,8 +59,8 @@ def _accuracy(record: Record, study: str) -> str:
     if train is None or test is None:
         return f"{_where(study)}, no seed has both accuracies: nothing can be said."
     return (
-        f"{_where(study)}, test accuracy of the large batch against the small: {_points(test)}, lower in {test.count(-1)} of "
-        f"{test.num_seeds} seeds: {test.verdict(-1)} (training accuracy: {_points(train)})."
+        f"{_where(study)}, test accuracy of the large batch against the small: {_points(test)}, lower in "
+        f"{test.count(-1)} of {test.num_seeds} seeds: {test.verdict(-1)} (training accuracy: {_points(train)})."
     )
 
 
@@ -82,8 +83,8 @@ def _distance(record: Record, study: str) -> list[str]:
     ratios = sorted(found.seed_ratios)
     inside = "within" if 3 <= found.ratio <= 10 else "NOT within"
     return [
-        f"{_where(study)}, the small batch ends {found.ratio:.2g} times as far from the start as the large one (seed by seed "
-        f"{ratios[0]:.2g} to {ratios[-1]:.2g}): {inside} the paper's 3 to 10."
+        f"{_where(study)}, the small batch ends {found.ratio:.2g} times as far from the start as the large one (seed by "
+        f"seed {ratios[0]:.2g} to {ratios[-1]:.2g}): {inside} the paper's 3 to 10."
     ]
 
 
@@ -119,8 +120,8 @@ def _unmatched(record: Record) -> list[str]:
         if missed:
             conditions = and_list(list(dict.fromkeys(str(n.condition) for n in missed)))
             said.append(
-                f"In the study {study}, {len(missed)} of {len(networks)} networks did not come to their ending ({conditions}): "
-                "sharpness depends on the loss, so their numbers mix the two."
+                f"In the study {study}, {len(missed)} of {len(networks)} networks did not come to their ending "
+                f"({conditions}): sharpness depends on the loss, so their numbers mix the two."
             )
     return said
 
@@ -138,8 +139,8 @@ def _spectra(record: Record) -> list[str]:
             continue
         said.append(
             f"{_where(study)}, the largest eigenvalue of the Hessian is higher for the large batch in {top.count(1)} of "
-            f"{top.num_seeds} seeds{_times(top)}; there are {statistics.fmean(counts.other):.1f} eigenvalues above {large:.3g} "
-            f"against {statistics.fmean(counts.reference):.1f}, and {100 * statistics.fmean(shares[1]):.1f} % against "
+            f"{top.num_seeds} seeds{_times(top)}; there are {statistics.fmean(counts.other):.1f} eigenvalues above "
+            f"{large:.3g} against {statistics.fmean(counts.reference):.1f}, and {100 * statistics.fmean(shares[1]):.1f} % against "
             f"{100 * statistics.fmean(shares[0]):.1f} % within {near:.2g} of zero: more large ones is "
             f"{counts.verdict(1)}."
         )
@@ -195,7 +196,7 @@ def _threshold(record: Record) -> list[str]:
 
 
 def _run(values: Sequence[float], sign: int) -> str:
-    steps = [sign * (after - before) for before, after in zip(values, values[1:], strict=False)]
+    steps = [sign * (after - before) for before, after in itertools.pairwise(values)]
     word = "rises" if sign > 0 else "falls"
     if all(step > 0 for step in steps):
         return f"{word} from each to the next, as in the paper"
@@ -209,11 +210,11 @@ def _warm_start(record: Record) -> list[str]:
         return []
     roles = [role for role in record.roles("warm_start") if role not in ("small", "cold")]
     sharp = [_mean(record.values("warm_start", role, OURS)) for role in ("cold", *roles)]
-    falls = all(after < before for before, after in zip(sharp, sharp[1:], strict=False))
+    falls = all(after < before for before, after in itertools.pairwise(sharp))
     said = [
-        f"Warm start: after {and_list(roles)} epochs of small batches, mean sharpness of the large batch's minima is "
+        f"Warm start: after {and_list(roles)} epoch{'s' * (roles != ['1'])} of small batches, mean sharpness of the large batch's minima is "
         f"{', '.join(f'{value:.3g}' for value in sharp[1:])}, against {sharp[0]:.3g} from a cold start: "
-        f"{'it falls from each to the next, as in' if falls else 'it does NOT fall at each step, unlike'} the paper's Figure 5."
+        f"{'it falls from each to the next, as' if falls else 'it does NOT fall at each step, as'} in the paper's Figure 5."
     ]
     gains = {role: record.paired("warm_start", test_accuracy, reference="cold", other=role) for role in ("small", *roles)}
     longest, small = gains[roles[-1]], gains["small"]
@@ -253,8 +254,8 @@ def _remedies(record: Record) -> list[str]:
             continue
         still = "still sharper than" if small.ratio > 1 else "no sharper than"
         said.append(
-            f"Remedy {role}: test accuracy {_points(accuracy)} (higher in {accuracy.count(1)} of {accuracy.num_seeds} seeds), "
-            f"sharpness {sharp.ratio:.2g} times that without it, {still} the small batch's ({small.ratio:.2g} times)."
+            f"Remedy {role}: test accuracy {_points(accuracy)} (higher in {accuracy.count(1)} of {accuracy.num_seeds} "
+            f"seeds), sharpness {sharp.ratio:.2g} times that without it, {still} the small batch's ({small.ratio:.2g} times)."
         )
     return said
 
@@ -274,8 +275,8 @@ def _disagreements(record: Record) -> list[str]:
             if first is None or second is None or _order(first) * _order(second) >= 0:
                 continue
             said.append(
-                f"Orders disagree on {name}: by {_protocol(reference)}, the large batch's is {_against(name, first)}; {words}, "
-                f"it is {_against(name, second)}. Which looks better depends on what is held equal (training losses "
+                f"Orders disagree on {name}: by {_protocol(reference)}, the large batch's is {_against(name, first)}; "
+                f"{words}, it is {_against(name, second)}. Which looks better depends on what is held equal (training losses "
                 f"{_losses(record, reference)} and {_losses(record, study)})."
             )
     for study in (reference, *CONTROLS):
@@ -313,16 +314,16 @@ def _limits(record: Record) -> list[str]:
     said = []
     if len(record.seeds) == 1:
         said.append("One seed says nothing about the spread: the order may differ in the next. Run more seeds.")
-    if record.problems["main" if "main" in record.problems else next(iter(record.problems))].data.startswith(("500", "800")):
+    if next(iter(record.problems.values())).network in ("R", "A"):
         said.append(
-            "These are small networks on small data: the paper's orders can be compared with them, its values cannot. Here the "
-            "gap in accuracy needs few samples and a deep network without BatchNorm; with BatchNorm or convolutions it did not "
-            "show on the same data."
+            "This is a small network on small data: the paper's orders can be compared with it, its values cannot. The gap in "
+            "accuracy needs few samples and a deep network here; with BatchNorm, convolutions or two hidden layers it did not "
+            "show on the same data, sharper minima did."
         )
     said.append(
-        "Sharpness is a correlate of generalization, not a cause: a larger learning rate, for one, can lower it and leave the "
-        "test accuracy as it was. Values of Metric 2.1 are lower bounds, and rescaling the layers of a ReLU network changes "
-        "them without changing the function."
+        "Sharpness is a correlate of generalization, not a cause: a larger learning rate, for one, can lower it and leave "
+        "the test accuracy as it was. Values of Metric 2.1 are lower bounds, and rescaling the layers of a ReLU network "
+        "changes them without changing the function."
     )
     return said
 

@@ -289,8 +289,8 @@ class _Work:
         weights = self.store.load("trainings", key, file_of(snapshot.ending))
         if weights is None:
             raise FileNotFoundError(
-                f"{self.store.place('trainings', key) / file_of(snapshot.ending)} is gone or damaged. Remove its folder, and "
-                "the training is done again"
+                f"{self.store.place('trainings', key) / file_of(snapshot.ending)} is gone or damaged. Remove its folder, "
+                "and the training is done again"
             )
         return measurements.loaded(self.grounds.at(snapshot.training.problem, seed), weights)
 

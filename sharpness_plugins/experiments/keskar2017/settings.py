@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ...errors import did_you_mean
@@ -135,7 +134,7 @@ class Settings:
         return told
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Settings:
+    def from_dict(cls, data: Mapping[str, Any], *, quick: bool = False) -> Settings:
         """The inverse of ``to_dict``; what is left out is that of the preset for ``data`` and ``network``.
 
         Raises:
@@ -145,7 +144,7 @@ class Settings:
         warm = given.pop("warm_start", {})
         if not isinstance(warm, Mapping):
             raise ValueError(f"warm_start must be a mapping of its settings, got {type(warm).__name__}")
-        base = preset(given.get("data"), given.get("network"))
+        base = preset(given.get("data"), given.get("network"), quick=quick)
         for name, known in (
             ("setting", dataclasses.fields(cls)),
             ("setting of the warm start", dataclasses.fields(WarmStart)),
@@ -159,21 +158,6 @@ class Settings:
         return dataclasses.replace(
             base, **_tuples(given), warm_start=dataclasses.replace(base.warm_start, **_tuples(dict(warm)))
         )
-
-    @classmethod
-    def read(cls, file: Path) -> Settings:
-        """From a JSON file with some of the settings.
-
-        Raises:
-            ValueError: see ``from_dict``; or the file is not a JSON mapping.
-        """
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is not JSON: {error}") from None
-        if not isinstance(data, dict):
-            raise ValueError(f"{file} should hold a mapping of settings, and holds a {type(data).__name__}")
-        return cls.from_dict(data)
 
 
 def _tuples(given: dict[str, Any]) -> dict[str, Any]:
