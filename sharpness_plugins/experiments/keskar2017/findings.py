@@ -133,15 +133,15 @@ def _spectra(record: Record) -> list[str]:
         if study not in record.studies:
             continue
         counts = record.paired(study, lambda n: _count(n, large))
-        shares = [record.values(study, role, lambda n: _share(n, near)) for role in ("small", "large")]
+        shares = [record.values(study, role, lambda n: _share(n, near)) for role in ("large", "small")]
         top = record.paired(study, top_eigenvalue)
         if counts is None or top is None or not all(math.isfinite(v) for values in shares for v in values):
             continue
         said.append(
             f"{_where(study)}, the largest eigenvalue of the Hessian is higher for the large batch in {top.count(1)} of "
             f"{top.num_seeds} seeds{_times(top)}; there are {statistics.fmean(counts.other):.1f} eigenvalues above "
-            f"{large:.3g} against {statistics.fmean(counts.reference):.1f}, and {100 * statistics.fmean(shares[1]):.1f} % against "
-            f"{100 * statistics.fmean(shares[0]):.1f} % within {near:.2g} of zero: more large ones is "
+            f"{large:.3g} against {statistics.fmean(counts.reference):.1f}, and "
+            f"{' % against '.join(f'{100 * statistics.fmean(values):.1f}' for values in shares)} % within {near:.2g} of zero: more large ones is "
             f"{counts.verdict(1)}."
         )
     return said
@@ -212,8 +212,8 @@ def _warm_start(record: Record) -> list[str]:
     sharp = [_mean(record.values("warm_start", role, OURS)) for role in ("cold", *roles)]
     falls = all(after < before for before, after in itertools.pairwise(sharp))
     said = [
-        f"Warm start: after {and_list(roles)} epoch{'s' * (roles != ['1'])} of small batches, mean sharpness of the large batch's minima is "
-        f"{', '.join(f'{value:.3g}' for value in sharp[1:])}, against {sharp[0]:.3g} from a cold start: "
+        f"Warm start: after {and_list(roles)} epoch{'s' * (roles != ['1'])} of small batches, mean sharpness of the large "
+        f"batch's minima is {', '.join(f'{value:.3g}' for value in sharp[1:])}, against {sharp[0]:.3g} from a cold start: "
         f"{'it falls from each to the next, as' if falls else 'it does NOT fall at each step, as'} in the paper's Figure 5."
     ]
     gains = {role: record.paired("warm_start", test_accuracy, reference="cold", other=role) for role in ("small", *roles)}
@@ -255,7 +255,8 @@ def _remedies(record: Record) -> list[str]:
         still = "still sharper than" if small.ratio > 1 else "no sharper than"
         said.append(
             f"Remedy {role}: test accuracy {_points(accuracy)} (higher in {accuracy.count(1)} of {accuracy.num_seeds} "
-            f"seeds), sharpness {sharp.ratio:.2g} times that without it, {still} the small batch's ({small.ratio:.2g} times)."
+            f"seeds), sharpness {sharp.ratio:.2g} times that without it, {still} the small batch's ({small.ratio:.2g} "
+            "times)."
         )
     return said
 
@@ -276,8 +277,8 @@ def _disagreements(record: Record) -> list[str]:
                 continue
             said.append(
                 f"Orders disagree on {name}: by {_protocol(reference)}, the large batch's is {_against(name, first)}; "
-                f"{words}, it is {_against(name, second)}. Which looks better depends on what is held equal (training losses "
-                f"{_losses(record, reference)} and {_losses(record, study)})."
+                f"{words}, it is {_against(name, second)}. Which looks better depends on what is held equal "
+                f"(training losses {_losses(record, reference)} and {_losses(record, study)})."
             )
     for study in (reference, *CONTROLS):
         if study not in record.studies:
@@ -316,9 +317,9 @@ def _limits(record: Record) -> list[str]:
         said.append("One seed says nothing about the spread: the order may differ in the next. Run more seeds.")
     if next(iter(record.problems.values())).network in ("R", "A"):
         said.append(
-            "This is a small network on small data: the paper's orders can be compared with it, its values cannot. The gap in "
-            "accuracy needs few samples and a deep network here; with BatchNorm, convolutions or two hidden layers it did not "
-            "show on the same data, sharper minima did."
+            "This is a small network on small data: the paper's orders can be compared with it, its values cannot. The gap "
+            "in accuracy needs few samples and a deep network here; with BatchNorm, convolutions or two hidden layers it did "
+            "not show on the same data, sharper minima did."
         )
     said.append(
         "Sharpness is a correlate of generalization, not a cause: a larger learning rate, for one, can lower it and leave "
