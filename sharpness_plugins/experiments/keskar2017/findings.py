@@ -137,12 +137,12 @@ def _spectra(record: Record) -> list[str]:
         top = record.paired(study, top_eigenvalue)
         if counts is None or top is None or not all(math.isfinite(v) for values in shares for v in values):
             continue
+        near_zero = " % against ".join(f"{100 * statistics.fmean(values):.1f}" for values in shares)
         said.append(
             f"{_where(study)}, the largest eigenvalue of the Hessian is higher for the large batch in {top.count(1)} of "
             f"{top.num_seeds} seeds{_times(top)}; there are {statistics.fmean(counts.other):.1f} eigenvalues above "
-            f"{large:.3g} against {statistics.fmean(counts.reference):.1f}, and "
-            f"{' % against '.join(f'{100 * statistics.fmean(values):.1f}' for values in shares)} % within {near:.2g} of zero: more large ones is "
-            f"{counts.verdict(1)}."
+            f"{large:.3g} against {statistics.fmean(counts.reference):.1f} ({counts.verdict(1)}), and "
+            f"{near_zero} % lie within {near:.2g} of zero."
         )
     return said
 
@@ -318,8 +318,8 @@ def _limits(record: Record) -> list[str]:
     if next(iter(record.problems.values())).network in ("R", "A"):
         said.append(
             "This is a small network on small data: the paper's orders can be compared with it, its values cannot. The gap "
-            "in accuracy needs few samples and a deep network here; with BatchNorm, convolutions or two hidden layers it did "
-            "not show on the same data, sharper minima did."
+            "in accuracy needs few samples and a deep network here; with BatchNorm, convolutions or two hidden layers it "
+            "did not show on the same data, sharper minima did."
         )
     said.append(
         "Sharpness is a correlate of generalization, not a cause: a larger learning rate, for one, can lower it and leave "
