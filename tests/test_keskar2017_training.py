@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,8 @@ from sharpness_plugins.experiments.keskar2017.settings import Settings, preset
 from sharpness_plugins.experiments.keskar2017.store import Store, key_of
 from sharpness_plugins.experiments.recipes import Recipe
 from sharpness_plugins.experiments.training import Run, plain_step
+
+CONFIGURATIONS = Path(__file__).parent.parent / "benchmarks" / "keskar2017" / "configurations"
 
 # --- endings
 
@@ -401,3 +405,15 @@ def test_settings_are_read_back_and_completed_by_their_preset():
 def test_settings_that_make_no_sense_are_named(given, message):
     with pytest.raises(ValueError, match=message):
         Settings.from_dict(given)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGURATIONS.glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("network", ["F1", "F2", "C1", "C2", "C3", "C4"])
+def test_configurations_of_the_paper_make_a_plan_for_each_network(file, network):
+    settings = Settings.from_dict({**json.loads(file.read_text()), "network": network})
+    made = planned(settings, num_train=50_000, num_warm=50_000, augments=True)
+    assert list(made.studies) == list(settings.studies)
+    assert settings.small_batch == 256
+    if file.stem == "figure5":
+        assert list(made.studies["warm_start"]) == ["small", "cold", *map(str, range(1, 101))]
+        assert made.studies["warm_start"]["7"].recipe == Recipe(5000, 7, 256)

@@ -165,15 +165,11 @@ def _cones(record: Record) -> list[str]:
         if cones:
             random = statistics.fmean(cone.random_share for cone in cones)
             top = statistics.fmean(cone.top_share for cone in cones)
-            verdict = (
-                "do not resemble a cone, as the paper says"
-                if random < 0.5 < top or 2 * random < top
-                else ("are NOT told from a cone by this test")
-            )
+            unlike = "do not resemble a cone, as the paper says" if 2 * random < top else "are NOT told from a cone"
             return [
                 f"At a distance of {statistics.fmean(cone.radius for cone in cones):.2g} from the large batch's minima the "
                 f"loss rises steeply (by {cones[0].steep:g} % or more) along {100 * random:.1f} % of random directions and "
-                f"{100 * top:.0f} % of the {len(cones[0].top_rises)} leading eigenvectors: they {verdict}."
+                f"{100 * top:.0f} % of the {len(cones[0].top_rises)} leading eigenvectors: they {unlike}."
             ]
     return []
 
@@ -278,7 +274,7 @@ def _disagreements(record: Record) -> list[str]:
             said.append(
                 f"Orders disagree on {name}: by {_protocol(reference)}, the large batch's is {_against(name, first)}; "
                 f"{words}, it is {_against(name, second)}. Which looks better depends on what is held equal "
-                f"(training losses {_losses(record, reference)} and {_losses(record, study)})."
+                f"(training losses: {_losses(record, reference)}, against {_losses(record, study)})."
             )
     for study in (reference, *CONTROLS):
         if study not in record.studies:
@@ -300,7 +296,7 @@ def _protocol(study: str) -> str:
 
 def _losses(record: Record, study: str) -> str:
     small, large = (_mean(record.values(study, role, train_loss)) for role in ("small", "large"))
-    return f"{small:.2g} and {large:.2g}"
+    return f"{small:.2g} for the small and {large:.2g} for the large batch"
 
 
 def _diverged(record: Record) -> list[str]:
