@@ -78,7 +78,7 @@ class Settings:
     large_batch: int | None = None
     learning_rate: float = 1e-3
     protocol: str = "plateau:10"
-    matched: str = "epoch_loss:0.01"
+    matched: str = "loss:0.01"
     matched_clean: str = "loss:0.01"
     epochs: int = 100
     watched: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 35, 60, 100)
