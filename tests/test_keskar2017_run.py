@@ -416,6 +416,11 @@ def test_unmatched_networks_and_one_seed_are_said():
     said = "\n".join(findings.sentences(dataclasses.replace(record, all_networks=networks)))
     assert "In the study remedies, 1 of 6 networks did not come to their ending (batch 500 with sam" in said
     assert "One seed says nothing about the spread" in said
+    matched = example_studies()["matched_loss"]["large"]
+    networks = tuple(dataclasses.replace(n, ended=n.condition != matched) for n in record.all_networks)
+    said = "\n".join(findings.sentences(dataclasses.replace(record, all_networks=networks)))
+    assert "At training losses that differ, the large batch's minima are sharper" in said
+    assert "At the same training loss" not in said
 
 
 def test_tables_hold_every_study_and_solver():

@@ -49,17 +49,20 @@ def sentences(record: Record) -> list[str]:
     return [*said, *_limits(record)]
 
 
-def _where(study: str) -> str:
-    return {"protocol": "By the paper's protocol", "matched_loss": "At the same training loss"}[study]
+def _where(record: Record, study: str) -> str:
+    if study == "protocol":
+        return "By the paper's protocol"
+    networks = [network for role in record.roles(study) for network in record.networks(study, role)]
+    return "At the same training loss" if all(network.ended for network in networks) else "At training losses that differ"
 
 
 def _accuracy(record: Record, study: str) -> str:
     train = record.paired(study, train_accuracy)
     test = record.paired(study, test_accuracy)
     if train is None or test is None:
-        return f"{_where(study)}, no seed has both accuracies: nothing can be said."
+        return f"{_where(record, study)}, no seed has both accuracies: nothing can be said."
     return (
-        f"{_where(study)}, test accuracy of the large batch against the small: {_points(test)}, lower in "
+        f"{_where(record, study)}, test accuracy of the large batch against the small: {_points(test)}, lower in "
         f"{test.count(-1)} of {test.num_seeds} seeds: {test.verdict(-1)} (training accuracy: {_points(train)})."
     )
 
@@ -70,7 +73,7 @@ def _sharper(record: Record, study: str) -> list[str]:
         found = record.paired(study, box(space, EPSILONS[0], "ours"))
         if found is not None:
             said.append(
-                f"{_where(study)}, the large batch's minima are sharper in {words} in {found.count(1)} of {found.num_seeds} "
+                f"{_where(record, study)}, the large batch's minima are sharper in {words} in {found.count(1)} of {found.num_seeds} "
                 f"seeds{_times(found)}: {found.verdict(1)}."
             )
     return said
@@ -83,7 +86,7 @@ def _distance(record: Record, study: str) -> list[str]:
     ratios = sorted(found.seed_ratios)
     inside = "within" if 3 <= found.ratio <= 10 else "NOT within"
     return [
-        f"{_where(study)}, the small batch ends {found.ratio:.2g} times as far from the start as the large one (seed by "
+        f"{_where(record, study)}, the small batch ends {found.ratio:.2g} times as far from the start as the large one (seed by "
         f"seed {ratios[0]:.2g} to {ratios[-1]:.2g}): {inside} the paper's 3 to 10."
     ]
 
@@ -101,12 +104,12 @@ def _solvers(record: Record) -> list[str]:
         if stuck:
             roles = and_list([r for r in record.roles(study) if any(n in stuck for n in record.networks(study, r))])
             said.append(
-                f"{_where(study)}, the paper's call of L-BFGS-B stops where it starts on {len(stuck)} of {len(networks)} "
+                f"{_where(record, study)}, the paper's call of L-BFGS-B stops where it starts on {len(stuck)} of {len(networks)} "
                 f"networks ({roles}) and reports no rise: its 0 is not a flat minimum."
             )
         if published is not None and ours is not None and published.ratio is not None and ours.ratio is not None:
             said.append(
-                f"{_where(study)}, the ratio of large to small is {published.ratio:.3g} by the paper's solver and "
+                f"{_where(record, study)}, the ratio of large to small is {published.ratio:.3g} by the paper's solver and "
                 f"{ours.ratio:.3g} by ours."
             )
     return said
@@ -139,7 +142,7 @@ def _spectra(record: Record) -> list[str]:
             continue
         near_zero = " % against ".join(f"{100 * statistics.fmean(values):.1f}" for values in shares)
         said.append(
-            f"{_where(study)}, the largest eigenvalue of the Hessian is higher for the large batch in {top.count(1)} of "
+            f"{_where(record, study)}, the largest eigenvalue of the Hessian is higher for the large batch in {top.count(1)} of "
             f"{top.num_seeds} seeds{_times(top)}; there are {statistics.fmean(counts.other):.1f} eigenvalues above "
             f"{large:.3g} against {statistics.fmean(counts.reference):.1f} ({counts.verdict(1)}), and "
             f"{near_zero} % lie within {near:.2g} of zero."
