@@ -12,8 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import metrics, schedules
+    from . import metrics, optimizers, schedules
     from .controller import BatchChange, BatchController
+    from .create import create_optimizer
     from .errors import (
         DuplicateNameError,
         LoaderError,
@@ -33,14 +34,17 @@ if TYPE_CHECKING:
     from .registry import (
         CouplingSpec,
         MetricSpec,
+        OptimizerSpec,
         ScheduleSpec,
         SignalSpec,
         available_couplings,
         available_metrics,
+        available_optimizers,
         available_schedules,
         available_signals,
         get_coupling,
         get_metric,
+        get_rule,
         get_schedule,
         get_signal,
         hookimpl,
@@ -79,6 +83,11 @@ __all__ = [
     "available_couplings",
     "get_coupling",
     "CouplingSpec",
+    "optimizers",
+    "create_optimizer",
+    "available_optimizers",
+    "get_rule",
+    "OptimizerSpec",
     "hookimpl",
     "SharpnessError",
     "LoaderError",
@@ -98,9 +107,11 @@ _HOME = {
     **dict.fromkeys(("CSVSink", "JSONLSink", "Measurement", "SharpnessMonitor"), "monitor"),
     "NoiseScaleMeter": "noise_scale",
     **dict.fromkeys(("BatchChange", "BatchController"), "controller"),
-    **dict.fromkeys(("CouplingSpec", "MetricSpec", "ScheduleSpec", "SignalSpec", "hookimpl", "metric"), "registry"),
-    **dict.fromkeys(("available_couplings", "available_metrics", "available_schedules", "available_signals"), "registry"),
-    **dict.fromkeys(("get_coupling", "get_metric", "get_schedule", "get_signal"), "registry"),
+    "create_optimizer": "create",
+    **dict.fromkeys(("CouplingSpec", "MetricSpec", "OptimizerSpec", "ScheduleSpec", "SignalSpec"), "registry"),
+    **dict.fromkeys(("available_couplings", "available_metrics", "available_optimizers", "available_schedules"), "registry"),
+    **dict.fromkeys(("available_signals", "hookimpl", "metric"), "registry"),
+    **dict.fromkeys(("get_coupling", "get_metric", "get_rule", "get_schedule", "get_signal"), "registry"),
     **dict.fromkeys(("Cost", "Kind", "MetricResult", "SharpnessReport", "Status"), "report"),
 }
 
@@ -110,7 +121,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("sharpness-plugins")
-    if name in ("metrics", "schedules"):
+    if name in ("metrics", "optimizers", "schedules"):
         return importlib.import_module(f"{__name__}.{name}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)
 

@@ -1,4 +1,4 @@
-"""What ranks must have in common before their numbers can be added up: the weights, the loss, and batches that may be cut."""
+"""What ranks must have in common before their numbers can be added up: weights, loss, and batches that may be cut."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def on_weights(space: ParameterSpace, ranks: Ranks) -> list[str]:
     found = ranks.gather((names, weights, buffers))
     if any(other[0] != names for other in found):
         raise RanksApartError(
-            "the ranks perturb other parameters: their models or selections differ. Pass ranks='alone' to measure each model "
-            "by itself."
+            "the ranks perturb different parameters: their models or selections differ. Pass ranks='alone' to measure each "
+            "model by itself."
         )
     if any(other[1] != found[0][1] for other in found):
         raise RanksApartError(
@@ -63,10 +63,8 @@ def on_rule(rule: LossRule | None, ranks: Ranks) -> LossRule:
     own = None if rule is None else _told(rule)
     found = [told for told in ranks.gather(own) if told is not None]
     if any(told != found[0] for told in found):
-        raise LossRuleError(
-            f"the ranks find different losses for their data: {'; '.join(sorted({told[0] for told in found}))}. Pass loss_fn or "
-            "criterion."
-        )
+        losses = "; ".join(sorted({told[0] for told in found}))
+        raise LossRuleError(f"the ranks find different losses for their data: {losses}. Pass loss_fn or criterion.")
     if rule is not None:
         return rule
     description, axis, fallback = found[0]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import reductions
+from . import distributed, reductions
+from .distributed import Ranks
 
 __all__ = ["STORAGES", "Basis", "bytes_per_vector"]
 
@@ -16,9 +17,18 @@ STORAGES = ("full", "half", "host")
 _COLUMNS = 2**19  # bounds what is copied or converted at a time; measured on a CPU, a fifth faster than 2^15
 
 
+WORTH_SHARING = 2**22  # bytes of a vector, from which on ranks keep a part of each; to share takes a message a step
+
+
 def bytes_per_vector(like: Tensor, storage: str) -> int:
-    """What one vector of the shape and dtype of ``like`` takes."""
-    return like.numel() * (2 if storage == "half" else like.element_size())
+    """What one vector of the shape and dtype of ``like`` takes on each rank."""
+    part = -(-like.numel() // _ranks_of(like).size)
+    return part * (2 if storage == "half" else like.element_size())
+
+
+def _ranks_of(like: Tensor) -> Ranks:
+    """Those that keep a part of each vector: the ranks of the measurement that goes on, where that is worth while."""
+    return distributed.measuring() if like.numel() * like.element_size() >= WORTH_SHARING else Ranks()
 
 
 class Basis:
@@ -28,6 +38,8 @@ class Basis:
         storage: "full" keeps them as they are; "half" in float16, scaled by √dim so that the entries of a unit vector are
             near 1 (half the memory; the vectors are then orthonormal to 1e-4); "host" in the memory of the host, streamed
             to the device of ``like`` at every use.
+    On several ranks that measure together, each keeps its part of every long vector, and vectors that go in and come out are
+    whole: all methods but ``store`` and ``rotate`` are collective then.
     """
 
     def __init__(self, size: int, like: Tensor, storage: str = "full") -> None:
@@ -36,7 +48,11 @@ class Basis:
         self._scale = self.dim**0.5 if storage == "half" else 1.0
         dtype = torch.float16 if storage == "half" else like.dtype
         device = torch.device("cpu") if storage == "host" else like.device
-        self._rows = torch.empty((size, self.dim), dtype=dtype, device=device)
+        self._ranks = _ranks_of(like)
+        part = -(-self.dim // self._ranks.size)
+        self._own = slice(min(self._ranks.rank * part, self.dim), min((self._ranks.rank + 1) * part, self.dim))
+        self._width = self._own.stop - self._own.start
+        self._rows = torch.empty((size, self._width), dtype=dtype, device=device)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -45,18 +61,32 @@ class Basis:
     def nbytes(self) -> int:
         return self._rows.numel() * self._rows.element_size()
 
+    def room(self, position: int, spare: Tensor) -> Tensor | None:
+        """Where to write what may be stored at ``position``: its row, which then needs no copy; None for a new vector.
+
+        Args:
+            spare: a vector that is not needed any more, and a row only where rows are as vectors are.
+        """
+        if self._ranks.size > 1:
+            return spare
+        if self._scale != 1.0 or self._rows.device != self._like.device or self._rows.dtype != self._like.dtype:
+            return spare
+        return self._rows[position] if position < len(self) else None
+
     def store(self, position: int, vector: Tensor) -> Tensor:
         """Keep ``vector`` in a row; returns it as it is kept (rounded, for "half")."""
-        row = self._rows[position]
+        row, own = self._rows[position], vector[self._own]
         if self._scale == 1.0:
-            row.copy_(vector)
+            if own.data_ptr() != row.data_ptr():
+                row.copy_(own)
             return vector
         for columns in self._blocks():
-            row[columns] = vector[columns] * self._scale
+            row[columns] = own[columns] * self._scale
         return self.row(position)
 
     def row(self, position: int) -> Tensor:
-        return self._loaded(slice(position, position + 1), slice(None))[0].clone()
+        own = self._loaded(slice(position, position + 1), slice(None))
+        return self._whole(own if self._ranks.size > 1 else own.clone())[0]
 
     def orthogonalize(
         self, w: Tensor, filled: int, expected: Tensor, first: int, *, out: Tensor | None = None
@@ -73,19 +103,32 @@ class Basis:
         Returns:
             ``w`` orthogonalized; what ``expected`` lacked, shape ``(filled,)``; the squared norm of the answer (float64).
         """
-        left = torch.empty_like(w) if out is None else out
-        lacked, squares = [], []
+        whole = torch.empty_like(w) if out is None else out
+        w, left = w[self._own], whole[self._own]
+        lacked, squares = [expected.new_zeros(filled)], [expected.new_zeros(())]
         known = -expected[first:filled].to(w.dtype)
         for columns in self._blocks():
             rows = self._loaded(slice(filled), columns)
             torch.addmv(w[columns], rows[first:].T, known, out=left[columns])
             lacked.append(reductions.matvec(rows, left[columns]))
-        correction = torch.stack(lacked).sum(dim=0)
+        with self._ranks.sharing("coefficients in a basis") as shared:
+            shared.vector = torch.stack(lacked).sum(dim=0)
+        correction = shared.vector
+        assert correction is not None
         rest = -correction.to(w.dtype)
         for columns in self._blocks():
             left[columns].addmv_(self._loaded(slice(filled), columns).T, rest)
             squares.append(reductions.dot(left[columns], left[columns]))
-        return left, correction, torch.stack(squares).sum()
+        square = torch.stack(squares).sum()
+        if self._ranks.is_alone:
+            return whole, correction, square
+        with self._ranks.sharing("an orthogonal vector") as shared:
+            whole[: self._own.start] = 0
+            whole[self._own.stop :] = 0
+            shared.vector, shared.numbers = whole, [square.item()]
+        assert shared.vector is not None
+        whole.copy_(shared.vector)
+        return whole, correction, square.new_tensor(shared.numbers[0])
 
     def rotate(self, rotation: Tensor) -> None:
         """Replace the first rows by ``rotationᵀ rows``, in place; ``rotation`` has shape ``(filled, kept)``, float64."""
@@ -98,13 +141,24 @@ class Basis:
     def combine(self, coefficients: Tensor) -> Tensor:
         """``coefficients @ rows``, shape ``(k, filled)`` to ``(k, dim)``, in the dtype and on the device of the vectors."""
         weights = coefficients.to(self._like)
-        answer = self._like.new_empty((len(weights), self.dim))
+        answer = self._like.new_empty((len(weights), self._width))
         for columns in self._blocks():
             torch.mm(weights, self._loaded(slice(weights.shape[1]), columns), out=answer[:, columns])
-        return answer
+        return self._whole(answer)
+
+    def _whole(self, own: Tensor) -> Tensor:
+        """Rows with the parts of all ranks."""
+        if self._ranks.is_alone:
+            return own
+        with self._ranks.sharing("vectors of a basis") as shared:
+            shared.vector = own.new_zeros((len(own), self.dim))
+            shared.vector[:, self._own] = own
+        assert shared.vector is not None
+        return shared.vector
 
     def _blocks(self) -> Iterator[slice]:
-        return (slice(start, min(start + _COLUMNS, self.dim)) for start in range(0, self.dim, _COLUMNS))
+        """Of the columns that are here."""
+        return (slice(start, min(start + _COLUMNS, self._width)) for start in range(0, self._width, _COLUMNS))
 
     def _loaded(self, rows: slice, columns: slice) -> Tensor:
         part = self._rows[rows, columns].to(self._like)

@@ -362,8 +362,8 @@ class BatchSource:
                 if not self.cached:
                     raise LoaderError(
                         f"the loader gave {self.num_batches} batches on the first pass and none on the second, and its "
-                        f"batches do not fit in the cache of {self.budget / _MIB:.0f} MiB. Pass a loader that can be iterated "
-                        "again, or raise cache_bytes."
+                        f"batches do not fit in the cache of {self.budget / _MIB:.0f} MiB. Pass a loader that can be "
+                        "iterated again, or raise cache_bytes."
                     )
             self.notes.append("the loader can be read only once; the batches of that pass were kept and used")
             return

@@ -7,13 +7,19 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from .metrics import sharpness_metrics
-from .registry import CouplingSpec, ScheduleSpec, SignalSpec, hookimpl
+from .registry import CouplingSpec, OptimizerSpec, ScheduleSpec, SignalSpec, hookimpl
 
 if TYPE_CHECKING:
     from .coupling import CouplingRule
     from .signals import MeterSignal
 
-__all__ = ["sharpness_batch_schedules", "sharpness_lr_couplings", "sharpness_metrics", "sharpness_signals"]
+__all__ = [
+    "sharpness_batch_schedules",
+    "sharpness_lr_couplings",
+    "sharpness_metrics",
+    "sharpness_optimizers",
+    "sharpness_signals",
+]
 
 _SCHEDULES = {
     "fixed": ("Fixed", "one batch size"),
@@ -38,6 +44,17 @@ _COUPLINGS = {
     "sqrt": "times its square root, for adaptive optimizers",
     "adam_sde": "square root, and the moments' memory with it (Malladi et al. 2022)",
     "momentum": "momentum in place of the learning rate (Smith et al. 2018)",
+}
+_OPTIMIZERS = {
+    "sam": ("SAM", "the gradient uphill (Foret et al. 2021)"),
+    "asam": ("ASAM", "SAM in a ball relative to the weights (Kwon et al. 2021)"),
+    "gsam": ("GSAM", "SAM that lowers the surrogate gap, too (Zhuang et al. 2022)"),
+    "wsam": ("WSAM", "sharpness as a weighted regularizer (Yue et al. 2023)"),
+    "fsam": ("FSAM", "uphill along the batch's noise only (Li et al. 2024)"),
+    "looksam": ("LookSAM", "SAM in each k-th step, its direction reused between (Liu et al. 2022)"),
+    "momentum_sam": ("MomentumSAM", "one gradient per step, against the momentum (Becker et al. 2024)"),
+    "k_step_sam": ("KStepSAM", "k ascents per step (projected gradient ascent)"),
+    "random_sam": ("RandomSAM", "the gradient at a random point of the sphere: a baseline"),
 }
 _SIGNALS = {
     "gradient_noise_scale": "tr Σ / |G|² in samples, from the gradients of training",
@@ -66,6 +83,12 @@ def sharpness_lr_couplings() -> Iterable[CouplingSpec]:
     yield CouplingSpec(
         "adascale", "sharpness_plugins.coupling:AdaScale", "by the gain that the noise scale allows (AdaScale)"
     )
+
+
+@hookimpl
+def sharpness_optimizers() -> Iterable[OptimizerSpec]:
+    for name, (attribute, summary) in _OPTIMIZERS.items():
+        yield OptimizerSpec(name, f"sharpness_plugins.optimizers:{attribute}", summary)
 
 
 def _rule(name: str) -> CouplingRule:

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from . import files
 from .errors import MeasurementWarning, PluginWarning, SharpnessError, UnknownNameError, did_you_mean, missing_dependency
 from .texts import name_and_settings
 
@@ -247,7 +248,7 @@ def _add_list(commands: Any) -> None:
         "list", help="metrics, batch-size schedules, signals and couplings, and where they come from"
     )
     listing.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="of names: 'hessian*' (default: all)")
-    kinds = ["metric", "schedule", "signal", "coupling"]
+    kinds = ["metric", "schedule", "signal", "coupling", "optimizer"]
     listing.add_argument("--kind", choices=kinds, help="of what (default: all)")
     listing.add_argument("--json", action="store_true", help="print JSON")
     listing.set_defaults(command=_list)
@@ -396,7 +397,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     else:
         print(report)
     if arguments.json not in (None, "-"):
-        Path(arguments.json).write_text(report.to_json() + "\n", encoding="utf-8")
+        files.write(arguments.json, report.to_json() + "\n")
     failed = any(result.status.kind == "failed" for _, result in report.items())
     return METRIC_FAILED if failed else OK
 
@@ -603,14 +604,24 @@ def _mismatch(own: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     missing = [name for name in own if name not in given]
     surplus = [name for name in given if name not in own]
     shapes = [
-        f"{name} is {tuple(given[name].shape)} in the file and {tuple(own[name].shape)} in the model"
+        f"{name} is {_kind(given[name])} in the file and {_kind(own[name])} in the model"
         for name in own
-        if name in given and getattr(given[name], "shape", None) != getattr(own[name], "shape", None)
+        if name in given and _kind(given[name]) != _kind(own[name])
     ]
     said = [f"the file lacks {some(missing)}"] if missing else []
     said += [f"the model lacks {some(surplus)}"] if surplus else []
     said += [some(shapes)] if shapes else []
     return "; ".join(said)
+
+
+def _kind(value: Any) -> str:
+    """The shape of a tensor, and what else one must not be copied into another for; the type of what is none."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    odd = "complex " * value.is_complex() + "sparse " * (value.layout is not torch.strided)
+    return f"{odd}{tuple(value.shape)}"
 
 
 # --- list and doctor

@@ -37,30 +37,30 @@ class _Call(NamedTuple):
 class ClosedForms(TorchFunctionMode):
     """Inside of it, convolutions and BatchNorm with running statistics differentiate twice in closed form.
 
-    They are the same functions, up to rounding, built into graphs that cost less to differentiate again. Measured on
-    ResNet-18 with 32x32 images, of a product's 2.1 gradients (a twentieth of a product is what building costs, once):
+    They are the same functions, up to rounding, in graphs that cost less to differentiate again. Measured on ResNet-18 with
+    32x32 images, of the 2.1 gradients that a product takes without:
 
-    * a convolution's second derivatives are five calls of the kernels that its first ones use; torch's own takes the one with
-      respect to the weights by a convolution with a kernel as large as the image: .2;
+    * a convolution's second derivatives are five calls of the kernels that its first ones use, where torch takes the one
+      with respect to the weights by a convolution with a kernel as large as the image: .2 less;
     * BatchNorm in eval mode is a scale and a shift for each channel, and torch's second derivative of it fifteen passes over
-      the activations; here it goes into the weights of the convolution before it, where those are fewer than the
-      activations, and is one multiplication and addition elsewhere: .2;
-    * taps of a kernel that see nothing but padding, as in a 3x3 convolution of 1x1 images, are left out: .3.
+      the activations. Here it goes into the weights of the convolution before it, or is one multiplication and addition
+      where there is none, or where those weights are more than the activations: .2 less;
+    * taps of a kernel that see nothing but padding, as in a 3x3 convolution of 1x1 images, are left out: .3 less.
 
     Training-mode BatchNorm, transposed convolutions, mixed dtypes and what else it does not know stay as they are.
 
     Attributes:
-        used: what it replaced, a sentence; empty if nothing.
+        used: what it replaced, for a sentence; empty if nothing.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._calls: Any = WeakIdKeyDictionary()  # outputs of convolutions that a BatchNorm may take back
-        self._counts = {"convolutions": 0, "BatchNorm": 0}
+        self._used = {"convolutions": False, "BatchNorm": False}
 
     @property
     def used(self) -> str:
-        return " and ".join(f"{count} {name}" for name, count in self._counts.items() if count)
+        return " and ".join(name for name, used in self._used.items() if used)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -68,9 +68,9 @@ class ClosedForms(TorchFunctionMode):
         kwargs = kwargs or {}
         answer: Tensor | None = None
         if func in _CONVOLUTIONS:
-            answer = self._convolution(_CONVOLUTIONS[func], dict(zip(_CONVOLUTION, args)) | kwargs)
+            answer = self._convolution(_CONVOLUTIONS[func], dict(zip(_CONVOLUTION, args, strict=False)) | kwargs)
         elif func is functional.batch_norm:
-            answer = self._batch_norm(**dict(zip(_BATCH_NORM, args)) | kwargs)
+            answer = self._batch_norm(**dict(zip(_BATCH_NORM, args, strict=False)) | kwargs)
         return func(*args, **kwargs) if answer is None else answer
 
     def _convolution(self, num_axes: int, given: dict[str, Any]) -> Tensor | None:
@@ -78,7 +78,7 @@ class ClosedForms(TorchFunctionMode):
         if call is None:
             return None
         answer = call.run()
-        self._counts["convolutions"] += 1
+        self._used["convolutions"] = True
         self._calls[answer] = (call, answer._version, call.input._version, call.weight._version)
         return answer
 
@@ -100,12 +100,12 @@ class ClosedForms(TorchFunctionMode):
         if weight is not None:
             scale = scale * weight
         shift = -running_mean * scale if bias is None else bias - running_mean * scale
-        self._counts["BatchNorm"] += 1
+        self._used["BatchNorm"] = True
         call, *versions = self._calls.pop(input, (None,))
-        if call is not None and versions == [input._version, call.input._version, call.weight._version]:
-            if call.weight.numel() <= input.numel():
-                moved = shift if call.bias is None else shift + scale * call.bias
-                return _Call(call.input, call.weight * _along(0, scale, call.weight), moved, *call[3:]).run()
+        as_it_was = call is not None and versions == [input._version, call.input._version, call.weight._version]
+        if as_it_was and call.weight.numel() <= input.numel():
+            moved = shift if call.bias is None else shift + scale * call.bias
+            return _Call(call.input, call.weight * _along(0, scale, call.weight), moved, *call[3:]).run()
         return torch.addcmul(_along(1, shift, input), input, _along(1, scale, input))
 
 
@@ -134,7 +134,7 @@ def _call(
 
 
 def _taps_that_see(size: int, taps: int, stride: int, padding: int, dilation: int) -> tuple[int, int]:
-    """The range of the taps of a kernel that see more than padding somewhere, or all, where cutting would move the output."""
+    """The range of the taps of a kernel that see more than padding; all, where leaving some out would move the output."""
 
     def num_outputs(taps: int, padding: int) -> int:
         return (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1

@@ -22,7 +22,7 @@ from .coupling import AdaScale, CouplingRule, LearningRateCoupling, SampleHorizo
 from .errors import LoaderError
 from .noise_scale import NoiseScaleMeter
 from .pacing import Budget
-from .samplers import AccumulatingLoader, ResizableLoader, check_repeatable
+from .samplers import AccumulatingLoader, ResizableLoader, check_repeatable, check_state
 from .schedules import (
     BatchSchedule,
     Decision,
@@ -33,6 +33,7 @@ from .schedules import (
     parse_schedule,
     plan,
 )
+from .schema import ANY, check
 from .signals import SignalBook, SignalContext
 
 if TYPE_CHECKING:
@@ -41,6 +42,39 @@ if TYPE_CHECKING:
 __all__ = ["BatchChange", "BatchController", "as_schedule"]
 
 SCHEMA = 1
+_PLAN = {"micro_batch": int, "accumulation": int, "world_size": int}
+_STATE = {  # what its parts keep they check themselves
+    "schema": int,
+    "schedule": str,
+    "memory": {str: ANY},
+    "plan": _PLAN,
+    "base_batch_size": int,
+    "step": int,
+    "samples": float,
+    "epoch": (float, None),
+    "tokens": (int, None),
+    "peak_learning_rate": float,
+    "seconds": float,
+    "signals": {str: ANY},
+    "coupling": {str: ANY},
+    "horizon": ({str: ANY}, None),
+    "meter": ({str: ANY}, None),
+    "loader": ({str: ANY}, None),
+    "history": [
+        {
+            "step": int,
+            "samples": int,
+            "epoch": (float, None),
+            "seconds": float,
+            "old": _PLAN,
+            "new": _PLAN,
+            "reason": str,
+            "veto": (str, None),
+            "signals": {str: ANY},
+        }
+    ],
+    ...: ANY,
+}
 HISTORY_KEPT = 16  # changes in a checkpoint, without signals, which keeps it below 10 kB; listeners hear of all
 _END: Any = object()
 
@@ -571,17 +605,33 @@ class BatchController:
         """Go where that run was; before the first ``batches``, which continues its epoch with its very next batch.
 
         Raises:
-            ValueError: another version, another schedule, or limits that make another batch of the same wish. Nothing is
-                changed then.
+            ValueError: another version, another schedule, limits that make another batch of the same wish, or damage.
+                Nothing is changed then.
         """
-        if state.get("schema") != SCHEMA:
-            raise ValueError(f"the state has schema {state.get('schema')!r}, and this version reads {SCHEMA}")
+        if not isinstance(state, Mapping) or state.get("schema") != SCHEMA:
+            schema = state.get("schema") if isinstance(state, Mapping) else None
+            raise ValueError(f"the state has schema {schema!r}, and this version reads {SCHEMA}")
+        check(state, _STATE, "the state of the controller")
+        before = self.state_dict()
+        try:
+            self._load(state)
+        except Exception as error:
+            self._load(before)
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(f"the state of the controller is damaged: {type(error).__name__}: {error}") from error
+        self._loader = self._source = None  # batches() binds anew, at the saved position
+        self._seen, self._is_whole, self.at_step, self._asked_at = 0.0, False, False, None
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         if state["schedule"] != repr(self.schedule):
             raise ValueError(
                 f"the state was saved by {state['schedule']}, and this controller has {self.schedule!r}: its memory would "
                 "mean something else. Resume with the same schedule, or start a new controller."
             )
         saved = Plan(**state["plan"])
+        if min(saved.micro_batch, saved.accumulation, saved.world_size) < 1:
+            raise ValueError(f"the state goes on with {saved}, which holds no sample")
         if self._planned(saved.batch_size).batch_size != saved.batch_size:
             raise ValueError(
                 f"the state goes on with batches of {saved.batch_size}, and here they would have "
@@ -601,9 +651,12 @@ class BatchController:
         if self._meter is not None and state["meter"] is not None:
             self._meter.load_state_dict(state["meter"])
         self.history = [BatchChange.from_dict(change) for change in state["history"]]
+        if state["loader"] is not None:
+            check_state(state["loader"])
         self._mark = state["loader"]
-        self._loader = self._source = None  # batches() binds anew, at the saved position
-        self._seen, self._is_whole, self.at_step, self._asked_at = 0.0, False, False, None
+        now = self.progress
+        self.schedule(replace(now, epoch=now.epoch or 0.0, tokens=now.tokens or 0), self._memory)  # that it can read it
+        self._peak_learning_rate = float(state["peak_learning_rate"])  # which looking at the progress has raised
 
 
 def _weakly(method: Callable[[Optimizer, Any, Any], None]) -> Callable[[Optimizer, Any, Any], None]:

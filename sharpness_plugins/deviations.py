@@ -36,12 +36,14 @@ class DeviationSums:
 
     Args:
         mean: ``g``, shape ``(dim,)``.
-        num_samples, weight: ``N`` and ``W``.
+        num_samples, weight: ``N`` and ``W``, of all ranks.
+        ranks: those that share the groups out.
     Memory: four vectors, and as many as are given at once.
     """
 
-    def __init__(self, mean: Tensor, num_samples: float, weight: float) -> None:
+    def __init__(self, mean: Tensor, num_samples: float, weight: float, ranks: Ranks | None = None) -> None:
         self._mean, self._num_samples, self._weight = mean, num_samples, weight
+        self._ranks = ranks or Ranks()
         self._norm = float(reductions.dot(mean, mean))
         self._sizes: list[Tensor] = []  # n_j
         self._lengths: list[Tensor] = []  # |y_j|²
@@ -50,6 +52,7 @@ class DeviationSums:
         self._squared: list[Tensor] = []  # (y_i · y_j)²
         self._num_pairs = 0
         self._last: Tensor | None = None
+        self._rows: Tensor | None = None  # y_j of all groups, while they were given together
         self._drift, self._curved = torch.zeros_like(mean), torch.zeros_like(mean)
         self._across: list[Tensor] = []  # √n_j y_j · Σ̂g
 
@@ -76,42 +79,57 @@ class DeviationSums:
         self._along.append(along)
         self._left_out.append(along - share * (along + lengths / scale.clamp_min(_TINY)))
         self._curved += along.to(rows) @ rows
-        gram = (rows @ rows.T).double().square()
-        self._squared.append((gram.sum() - gram.diagonal().sum()) / 2)
-        self._num_pairs += len(rows) * (len(rows) - 1) // 2
+        self._pair(rows)
+        self._rows = rows if self._last is None and not self._ranks.is_alone else None
         if self._last is not None:
             self._squared.append(reductions.dot(self._last, rows[0]).square())
             self._num_pairs += 1
         self._last = rows[-1].clone()
 
-    def add_up(self, ranks: Ranks) -> None:
+    def add_up(self, most_rows: int) -> None:
         """All were added, on every rank; from now on these are the sums over the ranks. Collective.
 
-        Pairs are of groups on one rank, so the errors depend on the shares by as much as they are uncertain.
+        Groups that are at most ``most_rows`` over all ranks are all paired. Of more, pairs are of groups on one rank, and
+        the errors depend on the shares as they do on the batches.
         """
+        ranks = self._ranks
+        if ranks.is_alone:
+            return
         columns = (self._sizes, self._lengths, self._along, self._left_out)
         squared = float(torch.stack(self._squared).sum()) if self._squared else 0.0
         own = ([torch.cat(column).cpu() for column in columns if column], squared, self._num_pairs)
-        parts = [part for part in ranks.gather(own) if part[0]]
+        parts = ranks.gather(own)
+        counts = [len(columns_of_rank[0]) if columns_of_rank else 0 for columns_of_rank, _, _ in parts]
+        parts = [part for part in parts if part[0]]
         for column, found in zip(columns, zip(*(part[0] for part in parts), strict=True), strict=True):
             column[:] = [of_rank.to(self._mean.device) for of_rank in found]
         self._squared = [torch.tensor(sum(part[1] for part in parts), dtype=torch.float64, device=self._mean.device)]
         self._num_pairs = sum(part[2] for part in parts)
-        for name in ("_drift", "_curved"):
-            with ranks.sharing("sums of deviations") as shared:
-                shared.vector = getattr(self, name)
-            setattr(self, name, shared.vector)
+        self._drift = _summed(self._drift, ranks)
+        self._curved = _summed(self._curved, ranks)
+        if sum(counts) <= most_rows:
+            rows = self._mean.new_zeros(sum(counts), len(self._mean))
+            if self._rows is not None:
+                rows[sum(counts[: ranks.rank]) :][: counts[ranks.rank]] = self._rows
+            self._squared, self._num_pairs = [], 0
+            self._pair(_summed(rows, ranks))
+        self._rows = None
 
-    def add_up_again(self, ranks: Ranks) -> None:
+    def add_up_again(self) -> None:
         """As ``add_up``, after the groups were added again."""
         own = [part.cpu() for part in self._across]
-        self._across = [part.to(self._mean.device) for of_rank in ranks.gather(own) for part in of_rank]
+        self._across = [part.to(self._mean.device) for of_rank in self._ranks.gather(own) for part in of_rank]
 
     def add_again(self, gradients: Tensor, num_samples: Tensor, weights: Tensor) -> None:
         """The same groups in the same order, after all were added: for the error of the noise along the gradient."""
         rows = gradients.sub_(self._mean)
         self._scaled(rows, num_samples, weights)
         self._across.append(num_samples.sqrt() * reductions.matvec(rows, self._curved) / (self.num_groups - 1))
+
+    def _pair(self, rows: Tensor) -> None:
+        gram = (rows @ rows.T).double().square()
+        self._squared.append((gram.sum() - gram.diagonal().sum()) / 2)
+        self._num_pairs += len(rows) * (len(rows) - 1) // 2
 
     def _scaled(self, rows: Tensor, num_samples: Tensor, weights: Tensor) -> Tensor:
         """Deviations become ``y_j``, in place."""
@@ -167,6 +185,13 @@ class DeviationSums:
         influence = (along.square() / k + 2 * across / n) / norm**2 - slope * 2 * sizes.sqrt() * along / n
         square = k * float(influence.var()) + slope**2 * 2 * squared * k / ((k - 1) * n**2)
         return replace(found, inner_product_noise=projected / norm**2, inner_product_error=math.sqrt(square))
+
+
+def _summed(tensor: Tensor, ranks: Ranks) -> Tensor:
+    with ranks.sharing("sums of deviations") as shared:
+        shared.vector = tensor
+    assert shared.vector is not None
+    return shared.vector
 
 
 def _squares(rows: Tensor) -> Tensor:

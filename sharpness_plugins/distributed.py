@@ -22,7 +22,10 @@ __all__ = [
     "Ranks",
     "Shared",
     "from_rank_zero",
+    "is_spread",
+    "measuring",
     "local_part",
+    "mean_over_ranks",
     "on_every_rank",
     "rank",
     "resolve_ranks",
@@ -30,6 +33,7 @@ __all__ = [
     "smallest",
     "sum_of",
     "sum_over_ranks",
+    "whole",
     "sum_over_shards",
     "world_size",
 ]
@@ -65,18 +69,32 @@ def from_rank_zero(value: Any) -> Any:
     return box[0]
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
+def sum_over_ranks(tensor: Tensor, group: Any = None) -> Tensor:
     """The sum over all ranks, which must all call it with the same shape and dtype; ``tensor`` itself stays."""
     if world_size() == 1:
         return tensor
     total = tensor.clone()
-    torch.distributed.all_reduce(total)
+    torch.distributed.all_reduce(total, group=group)
     return total
+
+
+def mean_over_ranks(tensors: Sequence[Tensor], group: Any = None) -> list[Tensor]:
+    """The means over all ranks of each, by one collective for each dtype and device; the tensors themselves stay."""
+    made = list(tensors)
+    kinds: dict[tuple[Any, Any], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
+    for indices in kinds.values():
+        flat = torch.cat([tensors[index].reshape(-1) for index in indices])
+        mean = sum_over_ranks(flat, group) / torch.distributed.get_world_size(group)
+        for index, part in zip(indices, mean.split([tensors[index].numel() for index in indices]), strict=True):
+            made[index] = part.view(tensors[index].shape)
+    return made
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a ``DTensor``, in the same memory; any other tensor itself."""
-    return tensor.to_local() if _is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shard_groups(tensor: Tensor) -> tuple[Any, ...]:
@@ -85,7 +103,7 @@ def shard_groups(tensor: Tensor) -> tuple[Any, ...]:
     Raises:
         ValueError: its pieces are not parts, but terms of a sum.
     """
-    if not _is_distributed(tensor):
+    if not is_spread(tensor):
         return ()
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     if any(placement.is_partial() for placement in placements):
@@ -101,10 +119,6 @@ def sum_over_shards(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
     return total
 
 
-def _is_distributed(tensor: Tensor) -> bool:
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
-
-
 def sum_of(number: float) -> float:
     """The sum of a number over all ranks, in float64."""
     return _reduced(number) if world_size() > 1 else number
@@ -113,6 +127,16 @@ def sum_of(number: float) -> float:
 def on_every_rank(holds: bool) -> bool:
     """Whether it holds on all of them."""
     return sum_of(float(holds)) == world_size()
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether it lies on several ranks (a ``DTensor``)."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that lies on several ranks, detached; any other is given back. Collective."""
+    return tensor.detach().full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _reduced(number: float) -> float:
@@ -155,8 +179,10 @@ class Ranks:
 
     A meeting is one all-reduce of a small table of fixed shape, with a row for each rank: what it evaluated and where, its
     numbers, and whether it failed. Where all rows agree, an all-reduce of the vector follows, if the evaluation has one.
-    Otherwise every rank raises: the one that failed its own error, the others a RemoteFailureError that names it. So nobody waits
-    for a vector that does not come, and ranks that went different ways find out at the next meeting.
+    Otherwise every rank raises: the one that failed its own error, the others a RemoteFailureError that names it. So nobody
+    waits for a vector that does not come, and ranks that went different ways find out at the next meeting.
+
+    Source: measured with two and four gloo processes, a meeting takes 0.1 to 6 ms, as busy as the machine is.
 
     Attributes:
         how: one of ``RANKS`` (asked for), or what came of "auto".
@@ -165,6 +191,7 @@ class Ranks:
 
     def __init__(self, how: str = "alone", rank: int = 0, size: int = 1) -> None:
         self.how, self.rank, self.size = how, rank, size
+        self._met: BaseException | None = None  # the last error that all ranks know of
 
     @property
     def is_alone(self) -> bool:
@@ -178,7 +205,8 @@ class Ranks:
             what: the name of the evaluation, the same on every rank.
             where: the vectors that it depends on, at most two, which must be the same on every rank.
         Raises:
-            RemoteFailureError: it failed on another rank. RanksApartError: another rank evaluates something else, or elsewhere.
+            RemoteFailureError: it failed on another rank.
+            RanksApartError: another rank evaluates something else, or elsewhere.
             LostRankError: another rank is gone.
         """
         shared = Shared()
@@ -193,6 +221,22 @@ class Ranks:
         except BaseException as raised:
             error = raised
         self._meet(what, shared, where, error)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around several meetings: what this rank fails of between them, others hear at the next one."""
+        try:
+            yield
+        except LostRankError:
+            raise
+        except BaseException as error:
+            self.leave(error)
+            raise
+
+    def leave(self, error: BaseException) -> None:
+        """Tell the others at their next meeting, unless they know; raises the error."""
+        if not self.is_alone and error is not self._met:
+            self._meet("nothing more", Shared(), (), error)
 
     def gather(self, value: Any) -> list[Any]:
         """A small picklable value of every rank, in their order. Collective."""
@@ -217,7 +261,7 @@ class Ranks:
         return value if box[0] is None or self.rank == source else pickle.loads(box[0])
 
     def close(self, what: str, error: Exception | None, value: float = 0.0) -> tuple[Exception, str] | None:
-        """Every rank has ended ``what``, with this value or with an error: what it failed of on any of them, for all of them.
+        """Every rank has ended ``what``, with this value or an error: what it failed of on any of them, for all of them.
 
         A rank that still evaluates is told so, and ends, too. Different values are a failure.
 
@@ -228,7 +272,7 @@ class Ranks:
             rows = self._rows(_CLOSING, 0, [value], (), error)
             together = bool((rows[:, 0] == rows[0, 0]).all())
             values = rows[:, 7]
-            apart = bool(((values - values[0]).abs() > _APART * values[0].abs()).any())
+            apart = together and bool(((values - values[0]).abs() > _APART * values[0].abs()).any())
             if together and not apart and not bool(rows[:, 2].any()):
                 return None
             told = self._told(f"ended {what}" + (f" with {value:.10g}" if apart else ""), error)
@@ -270,7 +314,8 @@ class Ranks:
         apart = bool(((points[:, :, 0] - points[0, :, 0]).abs() > _APART * points[:, :, 1]).any())
         if apart or bool((rows[:, :2] != rows[0, :2]).any()) or bool(rows[:, 2].any()):
             told = self._told(f"asked for {what}" + (" at a point of its own" if apart else ""), error)
-            raise error or self._failure(told)
+            self._met = error or self._failure(told)
+            raise self._met
         shared.numbers = rows[:, -_NUMBERS:].sum(dim=0).tolist()[: len(shared.numbers)]
         if vector is not None:
             shared.vector = self._summed(vector)
@@ -326,9 +371,14 @@ class Ranks:
 _measuring: list[Ranks] = []
 
 
+def measuring() -> Ranks:
+    """The ranks of the measurement that goes on; this process alone where none does."""
+    return _measuring[-1] if _measuring else Ranks()
+
+
 def smallest(number: int | None) -> int | None:
     """The smallest over the ranks of the measurement that goes on, if one does."""
-    return _measuring[-1].smallest(number) if _measuring else number
+    return measuring().smallest(number)
 
 
 def resolve_ranks(ranks: str | Ranks) -> Ranks:
@@ -374,6 +424,6 @@ def _found_lost(doing: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise LostRankError(
-            f"the group of ranks broke while {doing} was shared: {' '.join(str(error).split())[:300]}. Either a rank died, or "
-            "did not come within the group's timeout: every rank must measure, or ranks='alone' on the one that does."
+            f"the group of ranks broke while {doing} was shared: {' '.join(str(error).split())[:300]}. Either a rank died, "
+            "or did not come within the group's timeout: every rank must measure, or ranks='alone' on the one that does."
         ) from error

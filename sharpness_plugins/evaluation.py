@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,10 +12,11 @@ from torch.func import functional_call
 
 from . import sampling
 from .batches import Batch, map_tensors, tensors_of
+from .errors import NonFiniteLossError
 from .losses import LossRule
 from .space import ParameterSpace
 
-__all__ = ["CutOffError", "Evaluator", "WeightlessError", "gradient_of", "joined"]
+__all__ = ["CutOffError", "Evaluator", "LossSums", "WeightlessError", "gradient_of", "joined", "mean_of"]
 
 T = TypeVar("T")
 
@@ -182,6 +184,59 @@ def joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         return parts[0]
     losses, weights = (torch.stack(column) for column in zip(*parts, strict=True))
     return (torch.where(weights > 0, losses, 0.0) * weights).sum() / weights.sum(), weights.sum()
+
+
+class LossSums:
+    """Losses and weights of this rank's batches, added up in float64 without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._weights: list[Tensor] = []
+
+    def add(self, loss: Tensor, weight: Tensor) -> None:
+        self._losses.append(loss)
+        self._weights.append(weight)
+
+    def weightless(self) -> set[int]:
+        return {i for i, weight in enumerate(self._weights) if weight == 0}
+
+    def totals(self, *, at_origin: bool) -> list[float]:
+        """Sum of weighted losses, sum of weights.
+
+        Raises:
+            NonFiniteLossError: at the origin, the loss of some batch is NaN or infinite.
+        """
+        if not self._losses:
+            return [0.0, 0.0]
+        w = torch.stack(self._weights)
+        losses = torch.where(
+            w > 0, torch.stack(self._losses), 0.0
+        )  # a batch without weight (every target ignored) has no mean
+        totals: list[float] = torch.stack([(losses * w).sum(), w.sum()]).tolist()
+        if at_origin and not math.isfinite(totals[0]):
+            bad = [i for i, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
+            if bad:
+                which = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+                raise NonFiniteLossError(
+                    _no_minimum(losses[bad[0]].item(), f" on batch {which} of {len(losses)} (counted from 0)")
+                )
+        return totals
+
+
+def mean_of(totals: list[float], *, at_origin: bool) -> float:
+    """The mean loss of all ranks, from what their totals add up to."""
+    total, weight = totals
+    mean = total / weight if weight else math.nan
+    if at_origin and not math.isfinite(mean):
+        raise NonFiniteLossError(_no_minimum(mean, ""))
+    return mean
+
+
+def _no_minimum(loss: float, where: str) -> str:
+    return (
+        f"the loss at the trained weights is {loss}{where}, so there is no minimum to measure. Look for NaN inputs or "
+        "diverged weights."
+    )
 
 
 def _double(tensor: Tensor) -> Tensor:

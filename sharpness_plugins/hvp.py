@@ -162,12 +162,15 @@ class HessianProducts:
             graph = _Graph(leaf, gradient_of(share, leaf, batch.position, create_graph=True))
             return graph.times(rows, retain=False)
 
-        with self._forms_of_products():
+        with self._closed_forms():
             return self._evaluator.share(leaf, batch, products)
 
     @contextlib.contextmanager
-    def _forms_of_products(self) -> Iterator[None]:
-        """In which double backward runs, also through a kept graph: a checkpointed layer is built again then."""
+    def _closed_forms(self) -> Iterator[None]:
+        """In which first graphs are built, where the probe has not found that they fail.
+
+        They do with checkpointed layers: autograd leaves the mode before it builds those again, in another form.
+        """
         if not self._closed:
             yield
             return
@@ -212,8 +215,7 @@ class HessianProducts:
         if graph is not None:
             self.mode = RETAINED
             # inside the model again: a checkpointed layer runs forward in this backward pass, too
-            with self._forms_of_products():
-                return self._evaluator.inside(leaf, part.batch, lambda: graph.times(rows, retain=True))
+            return self._evaluator.inside(leaf, part.batch, lambda: graph.times(rows, retain=True))
         if not (keep and self._has_room(part.batch)):
             self.mode = RETAINED if self._graphs else FRESH
             return self._double_backward(leaf, rows, part.batch)
@@ -224,7 +226,7 @@ class HessianProducts:
             return graph.times(rows, retain=True)
 
         num_samples = part.batch.num_samples or 1
-        with self._forms_of_products():
+        with self._closed_forms():
             if self._bytes_per_sample is None:
                 with _counted_bytes(leaf) as counted:
                     answer = self._evaluator.share(leaf, part.batch, products)

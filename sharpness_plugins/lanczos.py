@@ -124,8 +124,9 @@ class _Run:
         expected = self._couplings.to(w.device, copy=True)
         expected[last] = reductions.dot(self._vector, w)
         first = int(coupled[0]) if len(coupled) else last
-        # what was multiplied is not needed any more, and a new vector costs as much as a sweep over one that is there
-        w, lacked, square = self._basis.orthogonalize(w, self._filled, expected, first, out=self._vector)
+        # to where the next vector is kept, if there is room: to copy it costs as much as a sweep over two vectors
+        out = self._basis.room(self._filled, self._vector)
+        w, lacked, square = self._basis.orthogonalize(w, self._filled, expected, first, out=out)
         told = torch.cat([expected, lacked, square[None]]).cpu()  # the one transfer of the step
         if not torch.isfinite(told).all():
             raise ArithmeticError(

@@ -20,7 +20,7 @@ from . import registry, sampling
 from .distributed import resolve_ranks
 from .errors import LostRankError, PluginWarning
 from .krylov_pass import KrylovSharing
-from .losses import LossFn
+from .losses import LossFn, unwrap
 from .objective import Objective
 from .progress import ProgressEvent, ProgressListener, resolve_listener
 from .registry import Metric
@@ -89,25 +89,27 @@ def measure_sharpness(
         LostRankError: a rank is gone, or does not come within the group's timeout.
     """
     group = resolve_ranks(ranks)
-    with group.sharing("choosing metrics"):
-        chosen = resolve_metrics(metrics)
-        listener = resolve_listener(progress if group.rank == 0 or callable(progress) else False)
-    group.agree("metrics", list(chosen))
-    objective = Objective(
-        model,
-        loader,
-        loss_fn=loss_fn,
-        criterion=criterion,
-        select=select,
-        batch_norm=batch_norm,
-        max_samples=max_samples,
-        device=device,
-        cache_bytes=cache_bytes,
-        seed=seed,
-        plugin_rule=_ask_plugins,
-        listener=listener,
-        ranks=group,
-    )
+    with group.together():
+        with group.sharing("choosing metrics"):
+            chosen = resolve_metrics(metrics)
+            listener = resolve_listener(progress if group.rank == 0 or callable(progress) else False)
+            model = _trained(model)
+        group.agree("metrics", list(chosen))
+        objective = Objective(
+            model,
+            loader,
+            loss_fn=loss_fn,
+            criterion=criterion,
+            select=select,
+            batch_norm=batch_norm,
+            max_samples=max_samples,
+            device=device,
+            cache_bytes=cache_bytes,
+            seed=seed,
+            plugin_rule=_ask_plugins,
+            listener=listener,
+            ranks=group,
+        )
     results: dict[str, MetricResult] = {}
     sharing = KrylovSharing(chosen, seed)
     try:
@@ -125,7 +127,8 @@ def measure_sharpness(
 
 
 def _measure_one(key: str, metric: Metric, objective: Objective, seed: int, sharing: KrylovSharing) -> MetricResult:
-    before, failed, ranks = objective.cost, None, objective.ranks
+    before, ranks = objective.cost, objective.ranks
+    failed: Exception | None = None
     rng = sampling.generator_for(seed, registry.metric_name(metric))
     try:
         expected = getattr(metric, "expected_passes", None)
@@ -141,19 +144,27 @@ def _measure_one(key: str, metric: Metric, objective: Objective, seed: int, shar
             )
     except LostRankError:
         raise
+    except (KeyboardInterrupt, SystemExit) as error:
+        ranks.leave(error)
+        raise
     except Exception as error:
         failed, result = error, MetricResult.failed("")
     if failure := ranks.close(key, failed, result.value):
-        error, message = failure
         if registry.is_strict():
-            raise error
-        result = MetricResult.failed(message)
-    result = ranks.of(objective.first_rank, result.with_cost(objective.cost - before))
-    if result.status.kind is Kind.FAILED:
+            raise failure[0]
+        result = MetricResult.failed(failure[1])
+    shared: MetricResult = ranks.of(objective.first_rank, result.with_cost(objective.cost - before))
+    if shared.status.kind is Kind.FAILED:
         origin = registry.metric_provenance(metric)
         where = f" (plugin {origin[0]!r} from {origin[1]} {origin[2]})" if origin and origin[1] else ""
-        warnings.warn(f"metric {key!r}{where} failed: {result.status.message}", PluginWarning, stacklevel=3)
-    return result
+        warnings.warn(f"metric {key!r}{where} failed: {shared.status.message}", PluginWarning, stacklevel=3)
+    return shared
+
+
+def _trained(model: nn.Module) -> nn.Module:
+    """What a plugin that knows the kind says is trained of it."""
+    found: nn.Module | None = registry.first_answer("sharpness_unwrap_model", model=unwrap(model)[0])
+    return model if found is None else found
 
 
 def _ask_plugins(model: nn.Module, batch: Any, criterion: Any) -> LossFn | None:

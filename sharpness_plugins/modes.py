@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import sampling
+from . import sampling, sharded
 from .interrupts import surely
 
-__all__ = ["evaluation", "has_batch_norm", "second_derivatives"]
+__all__ = ["evaluation", "has_batch_norm", "has_synchronized_batch_norm", "second_derivatives"]
 
 _ONE_AT_A_TIME = threading.RLock()
 _FLAGS = ("training", "sparse", "padding_idx", "scale_grad_by_freq")
@@ -49,6 +49,7 @@ def evaluation(
 
 
 def _enter(stack: contextlib.ExitStack, tree: list[nn.Module], device: torch.device, *, batch_statistics: bool) -> None:
+    stack.enter_context(sharded.without_sharding(tree))
     # reentrant checkpointing cuts the weights out of the graph; without it, a layer is simply computed
     checkpointing = importlib.import_module("torch.utils.checkpoint")
     stack.enter_context(_replaced(checkpointing, "CheckpointFunction", _NoCheckpoint))
@@ -94,6 +95,10 @@ def second_derivatives(module: nn.Module) -> Iterator[None]:
         stack.enter_context(_replaced(_OLD_WEIGHT_NORM, "_weight_norm", _weight_norm))
         stack.enter_context(_replaced(nn.functional, "hardsigmoid", _hardsigmoid))
         yield
+
+
+def has_synchronized_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
 
 
 def has_batch_norm(module: nn.Module, *, without_running_statistics: bool = False) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import distributed, registry
+from . import distributed, files, registry
 from .errors import LoaderError, LostRankError, PluginWarning
 from .measure import Metrics, measure_sharpness, resolve_metrics
 from .noise_scale import SIGNALS, NoiseScaleMeter
@@ -26,6 +26,7 @@ from .pacing import FIRST_GUESS, Budget, Pace, gradients_of
 from .probe import num_probe_samples
 from .report import Kind, SharpnessReport
 from .schedules import Progress, Signal
+from .schema import ANY, check
 from .space import Select
 
 if TYPE_CHECKING:
@@ -72,11 +73,37 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Measurement:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: ``saved`` is something else, or damaged.
+        """
+        check(saved, _MEASUREMENT, "the measurement")
         numbers = {
             part: {name: math.nan if number is None else number for name, number in saved[part].items()}
             for part in ("values", "standard_errors")
         }
         return cls(**{**saved, **numbers})
+
+
+_MEASUREMENT = {
+    "step": int,
+    "samples": int,
+    "epoch": (float, None),
+    "loss": (float, None),
+    "loss_rule": (str, None),
+    "values": {str: (float, None)},
+    "standard_errors": {str: (float, None)},
+    "notes": {str: str},
+    "seconds": float,
+}
+_STATE = {
+    "pace": {"every": str, "last": (float, None)},
+    "budget": {"unit": str, "trained": float, "spent": float},
+    "price": (float, None),
+    "history": [_MEASUREMENT],
+    ...: ANY,
+}
 
 
 def _finite(number: float | None) -> float | None:
@@ -127,7 +154,7 @@ class JSONLSink:
 
     def __call__(self, measurement: Measurement) -> None:
         if distributed.rank() == 0:
-            _append(self.path, json.dumps(measurement.to_dict(), allow_nan=False) + "\n")
+            files.append(self.path, json.dumps(measurement.to_dict(), allow_nan=False))
 
 
 class CSVSink:
@@ -147,52 +174,29 @@ class CSVSink:
         row: dict[str, Any] = {name: getattr(measurement, name) for name in ("step", "samples", "epoch", "loss", "seconds")}
         row |= {f"{name}_se": error for name, error in measurement.standard_errors.items()}
         row |= measurement.values
-        columns: list[str] = []
-        if self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                columns = list(reader.fieldnames or ())
-                rows = [] if set(row) <= set(columns) else list(reader)
-        if not columns:
-            _append(self.path, _as_csv([row], list(row), header=True))
-        elif set(row) <= set(columns):
-            _append(self.path, _as_csv([row], columns, header=False))
-        else:
-            columns += [name for name in row if name not in columns]
-            _replace(self.path, _as_csv([*rows, row], columns, header=True))
+        files.update(self.path, lambda text: _with_row(text, row))
+
+
+def _with_row(text: str, row: dict[str, Any]) -> str:
+    """CSV with one more row, and more columns if it needs them."""
+    if text and not text.endswith("\n"):  # what a process that was killed left of a row
+        text += "\n"
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    columns = list(reader.fieldnames or ())
+    news = [name for name in row if name not in columns]
+    if columns and not news:
+        return text + _as_csv([row], columns, header=False)
+    return _as_csv([*reader, row], columns + news, header=True)
 
 
 def _as_csv(rows: list[dict[str, Any]], columns: list[str], *, header: bool) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    # what stands right of the last column, as in a row that was cut into another, is left out
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     if header:
         writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _append(path: Path, text: str) -> None:
-    """All of it or, where the disk is full, nothing: half a line would spoil the next one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
-        end = file.tell()
-        rest = memoryview(text.encode())
-        try:
-            while rest:
-                rest = rest[file.write(rest) :]
-        except BaseException:
-            file.truncate(end)
-            raise
-
-
-def _replace(path: Path, text: str) -> None:
-    """The old file stays where it was until the new one is whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(text.encode())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 class SharpnessMonitor:
@@ -399,7 +403,12 @@ class SharpnessMonitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; with another cadence the next measurement is due at once."""
+        """Go on from there; with another cadence the next measurement is due at once.
+
+        Raises:
+            ValueError: it is no such state, or damaged. Nothing is changed then.
+        """
+        check(state, _STATE, "the state of the monitor")
         self.pace.load_state_dict(state["pace"])
         self.budget.load_state_dict(state["budget"])
         if state["budget"]["unit"] == self.budget.unit:

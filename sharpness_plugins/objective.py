@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -12,11 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import agreement, modes, sampling
+from . import agreement, modes, sampling, sharded
 from .batches import Batch, BatchSource
-from .distributed import Ranks, resolve_ranks
-from .errors import NonFiniteLossError, RemoteFailureError
-from .evaluation import Evaluator, joined
+from .distributed import Ranks, resolve_ranks, world_size
+from .errors import RemoteFailureError
+from .evaluation import Evaluator, LossSums, joined, mean_of
 from .hvp import HessianProducts
 from .losses import LossFn, LossRule, OtherLossError, PluginRule, resolve_loss, unwrap
 from .micro_batches import MicroBatches, Part
@@ -95,75 +94,86 @@ class Objective:
         ranks: str | Ranks = "auto",
     ) -> None:
         self.ranks = resolve_ranks(ranks)
-        with self.ranks.sharing("setting up a measurement"):
-            if not isinstance(model, nn.Module):
-                raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
-            if isinstance(model, torch.jit.ScriptModule):
-                raise TypeError(
-                    "model is scripted, and TorchScript does not let its weights be replaced by perturbed ones. "
-                    "Pass the nn.Module it was made from."
+        with self.ranks.together():
+            with self.ranks.sharing("setting up a measurement"):
+                if not isinstance(model, nn.Module):
+                    raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+                if isinstance(model, torch.jit.ScriptModule):
+                    raise TypeError(
+                        "model is scripted, and TorchScript does not let its weights be replaced by perturbed ones. "
+                        "Pass the nn.Module it was made from."
+                    )
+                if batch_norm not in BATCH_NORM_POLICIES:
+                    raise ValueError(f"batch_norm must be one of {BATCH_NORM_POLICIES}, got {batch_norm!r}")
+                self._began = time.perf_counter()
+                self._counts = {"values": 0.0, "gradients": 0.0, "hvps": 0.0, "passes": 0.0}
+                self._sweeps, self._partial_passes = 0, 0.0  # batches seen by whole passes; fractions of passes beside them
+                self._depth = 0
+                self._seed = sampling.key_for(seed, "model") >> 2  # room for the position of the batch
+                sharded.check_supported(model)
+                self.module, wrappers = unwrap(model)
+                if sharded.is_fully_sharded(self.module):
+                    if self.ranks.is_alone and world_size() > 1:
+                        raise ValueError("the weights are sharded over the ranks, so ranks='alone' cannot measure them")
+                    wrappers.append("fully_shard")
+                self._batch_norm = batch_norm
+                if batch_norm == "batch" and world_size() > 1 and modes.has_synchronized_batch_norm(self.module):
+                    raise ValueError(
+                        "batch_norm='batch' with SyncBatchNorm on several ranks: its statistics are of the batches of all "
+                        "ranks, which need not have equally many. Use batch_norm='eval', or plain BatchNorm."
+                    )
+                # a loss that is a module has modes, too
+                self._modules = [self.module, *(part for part in (criterion, loss_fn) if isinstance(part, nn.Module))]
+                with torch.inference_mode(False):
+                    self.space = ParameterSpace(self.module, select, device=None if device is None else torch.device(device))
+                self.device = self.space.device
+                if self.device.type == "mps":
+                    raise ValueError(
+                        "device mps has no float64, in which losses accumulate. Pass device='cpu'; the model stays put."
+                    )
+                self.origin = self.space.origin
+                self._listener = listener
+                self._metric = ""
+                self._expected_passes: float | None = None
+                self._metric_began, self._metric_passes = self._began, 0.0
+                self._evaluator = Evaluator(self.module, self.space, self._seed)
+                self._graph_bytes = graph_bytes
+                self._products = self._products_by(hvp)
+                self._all_products = {hvp: self._products}  # each probed once
+                # a gradient takes less memory than a product
+                self._gradient_parts, self._product_parts = (MicroBatches(self._whole_batches_only) for _ in range(2))
+                self._own_notes = self._notes_on_model(wrappers)
+                self._source = BatchSource(
+                    loader,
+                    device=self.device,
+                    max_samples=max_samples,
+                    cache_bytes=cache_bytes,
+                    upcast_half=self.space.has_half,
+                    seed=seed,
                 )
-            if batch_norm not in BATCH_NORM_POLICIES:
-                raise ValueError(f"batch_norm must be one of {BATCH_NORM_POLICIES}, got {batch_norm!r}")
-            self._began = time.perf_counter()
-            self._counts = {"values": 0.0, "gradients": 0.0, "hvps": 0.0, "passes": 0.0}
-            self._sweeps, self._partial_passes = 0, 0.0  # batches seen by whole passes; fractions of passes beside them
-            self._depth = 0
-            self._seed = sampling.key_for(seed, "model") >> 2  # room for the position of the batch
-            self.module, wrappers = unwrap(model)
-            self._batch_norm = batch_norm
-            # a loss that is a module has modes, too
-            self._modules = [self.module, *(part for part in (criterion, loss_fn) if isinstance(part, nn.Module))]
-            with torch.inference_mode(False):
-                self.space = ParameterSpace(self.module, select, device=None if device is None else torch.device(device))
-            self.device = self.space.device
-            if self.device.type == "mps":
-                raise ValueError(
-                    "device mps has no float64, in which losses accumulate. Pass device='cpu'; the model stays put."
-                )
-            self.origin = self.space.origin
-            self._listener = listener
-            self._metric = ""
-            self._expected_passes: float | None = None
-            self._metric_began, self._metric_passes = self._began, 0.0
-            self._evaluator = Evaluator(self.module, self.space, self._seed)
-            self._graph_bytes = graph_bytes
-            self._products = self._products_by(hvp)
-            self._all_products = {hvp: self._products}  # each probed once
-            # a gradient takes less memory than a product
-            self._gradient_parts, self._product_parts = (MicroBatches(self._whole_batches_only) for _ in range(2))
-            self._own_notes = self._notes_on_model(wrappers)
-            self._source = BatchSource(
-                loader,
-                device=self.device,
-                max_samples=max_samples,
-                cache_bytes=cache_bytes,
-                upcast_half=self.space.has_half,
-                seed=seed,
-            )
-        self._own_notes += agreement.on_weights(self.space, self.ranks)
-        with self.session():
-            if not self.ranks.is_alone:
-                self._source.share_out(self.ranks, share_of)
-            self._source.load()
-            self._value_needs_grad = False
-            with self.ranks.sharing("finding the loss"):
-                rule = self._resolve_loss(loss_fn, criterion, plugin_rule)
-            self._evaluator.rule = agreement.on_rule(rule, self.ranks)
-            self._keep_whole_where_pieces_differ()
-            self._weightless: set[int] = set()  # batches without weight: the first pass tells
-            try:
-                with self.ranks.sharing("the loss at other weights"):
-                    for batch in itertools.islice(self._source, 1):
-                        self._evaluator.look_elsewhere(batch, self._seed)
-                self.loss = self._first_value()
-            except (OtherLossError, RemoteFailureError) as error:
-                if self._rule.fallback is None or OtherLossError.__name__ not in f"{type(error).__name__} {error}":
-                    raise
-                self._evaluator.rule = self._rule.fallback
-                self.loss = self._first_value()
-            self._evaluator.looking = False
-            self._evaluator.draws = any(self.ranks.gather(self._evaluator.draws))
+            self._own_notes += agreement.on_weights(self.space, self.ranks)
+            with self.session():
+                if not self.ranks.is_alone:
+                    self._source.share_out(self.ranks, share_of)
+                self._source.load()
+                self._value_needs_grad = False
+                with self.ranks.sharing("finding the loss"):
+                    rule = self._resolve_loss(loss_fn, criterion, plugin_rule)
+                self._evaluator.rule = agreement.on_rule(rule, self.ranks)
+                self._keep_whole_where_pieces_differ()
+                self._weightless: set[int] = set()  # batches without weight: the first pass tells
+                try:
+                    with self.ranks.sharing("the loss at other weights"):
+                        for batch in itertools.islice(self._source, 1):
+                            self._evaluator.look_elsewhere(batch, self._seed)
+                    self.loss = self._first_value()
+                except (OtherLossError, RemoteFailureError) as error:
+                    if self._rule.fallback is None or OtherLossError.__name__ not in f"{type(error).__name__} {error}":
+                        raise
+                    self._evaluator.rule = self._rule.fallback
+                    self.loss = self._first_value()
+                self._evaluator.looking = False
+                self._evaluator.draws = any(self.ranks.gather(self._evaluator.draws))
 
     # ------------------------------------------------------------------ what it is
 
@@ -223,7 +233,7 @@ class Objective:
         """What the numbers depend on, as JSON types."""
         cached = self._source.cached
         return {
-            "model": type(self.module).__name__,
+            "model": self._model_name,
             "dim": self.dim,
             "num_parameters": self.space.num_parameters,
             "num_frozen": self.space.num_frozen,
@@ -242,10 +252,16 @@ class Objective:
             "notes": self.notes,
         }
 
+    @property
+    def _model_name(self) -> str:
+        kinds = [kind.__name__ for kind in type(self.module).__mro__]
+        # fully_shard makes a class of its own, before its mixin and the class that it was
+        return kinds[kinds.index("FSDPModule") + 1] if "FSDPModule" in kinds else kinds[0]
+
     def _notes_on_model(self, wrappers: list[str]) -> list[str]:
         notes = []
         if wrappers:
-            notes.append(f"measured inside {' and '.join(wrappers)}, on the wrapped {type(self.module).__name__}")
+            notes.append(f"measured inside {' and '.join(wrappers)}, on the wrapped {self._model_name}")
         if self.space.has_half:
             notes.append(
                 "half-precision weights were measured on a float32 copy (a step of ε = 1e-3 is lost in their rounding)"
@@ -259,7 +275,7 @@ class Objective:
 
     def value(self, perturbation: Tensor | None = None) -> float:
         """Mean loss at ``origin + perturbation``, shape ``(dim,)``. One pass, forward only."""
-        sums = _LossSums()
+        sums = LossSums()
         with (
             self.session(),
             torch.set_grad_enabled(self._value_needs_grad),
@@ -276,11 +292,11 @@ class Objective:
             self._weightless = sums.weightless()
             if not self._evaluator.total_weight > 0:
                 raise ValueError("the loss has weight 0 over the whole loader: every target is ignored")
-        return _mean(shared.numbers, at_origin=perturbation is None)
+        return mean_of(shared.numbers, at_origin=perturbation is None)
 
     def value_and_grad(self, perturbation: Tensor | None = None) -> tuple[float, Tensor]:
         """Mean loss at ``origin + perturbation`` and its gradient, both of shape ``(dim,)``. One pass."""
-        sums = _LossSums()
+        sums = LossSums()
         gradient: Tensor | None = None
         with self.session(), self.ranks.sharing("a gradient", (perturbation,)) as shared:
             leaf = self._point(perturbation).requires_grad_()
@@ -293,15 +309,15 @@ class Objective:
             shared.numbers = sums.totals(at_origin=perturbation is None)
             shared.vector = torch.zeros_like(self.origin) if gradient is None else gradient
         self._counts["gradients"] += 1
-        return _mean(shared.numbers, at_origin=perturbation is None), shared.vector
+        return mean_of(shared.numbers, at_origin=perturbation is None), shared.vector
 
     def hvp(self, vector: Tensor, perturbation: Tensor | None = None) -> Tensor:
         """Hessian at ``origin + perturbation`` times ``vector``, shape ``(dim,)``, or each row of ``(k, dim)``.
 
         Exact, by the way that a probe chooses at the first product (``hvp.HessianProducts``); ``hvp_mode`` names it. Inside
         a ``session`` the graphs of the gradients are kept between products at the same point, as many as fit in
-        ``graph_bytes``: 1.6 gradients a product of ResNet-18 and not 2.6. Attention runs on the MATH backend, which alone has second
-        derivatives. One pass.
+        ``graph_bytes``: 1.6 gradients a product of ResNet-18 and not 2.6. Attention runs on the MATH backend, which alone
+        has second derivatives. One pass.
 
         Raises:
             SecondDerivativeError: no mode works on this model, or its second derivatives are wrong.
@@ -525,55 +541,3 @@ class Objective:
         if self._listener is not None and self._metric:
             passes, seconds = self._counts["passes"] - self._metric_passes, time.perf_counter() - self._metric_began
             self._listener(ProgressEvent(self._metric, passes, self._expected_passes, seconds))
-
-
-class _LossSums:
-    """Losses and weights of this rank's batches, added up in float64 without waiting for the device."""
-
-    def __init__(self) -> None:
-        self._losses: list[Tensor] = []
-        self._weights: list[Tensor] = []
-
-    def add(self, loss: Tensor, weight: Tensor) -> None:
-        self._losses.append(loss)
-        self._weights.append(weight)
-
-    def weightless(self) -> set[int]:
-        return {i for i, weight in enumerate(self._weights) if weight == 0}
-
-    def totals(self, *, at_origin: bool) -> list[float]:
-        """Sum of weighted losses, sum of weights.
-
-        Raises:
-            NonFiniteLossError: at the origin, the loss of some batch is NaN or infinite.
-        """
-        if not self._losses:
-            return [0.0, 0.0]
-        w = torch.stack(self._weights)
-        losses = torch.where(
-            w > 0, torch.stack(self._losses), 0.0
-        )  # a batch without weight (every target ignored) has no mean
-        totals: list[float] = torch.stack([(losses * w).sum(), w.sum()]).tolist()
-        if at_origin and not math.isfinite(totals[0]):
-            bad = [i for i, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
-            if bad:
-                which = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-                raise NonFiniteLossError(
-                    _no_minimum(losses[bad[0]].item(), f" on batch {which} of {len(losses)} (counted from 0)")
-                )
-        return totals
-
-
-def _mean(totals: list[float], *, at_origin: bool) -> float:
-    total, weight = totals
-    mean = total / weight if weight else math.nan
-    if at_origin and not math.isfinite(mean):
-        raise NonFiniteLossError(_no_minimum(mean, ""))
-    return mean
-
-
-def _no_minimum(loss: float, where: str) -> str:
-    return (
-        f"the loss at the trained weights is {loss}{where}, so there is no minimum to measure. Look for NaN inputs or diverged "
-        "weights."
-    )

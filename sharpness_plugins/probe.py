@@ -33,8 +33,9 @@ def probe_batches(
 
     Args:
         loader: a DataLoader, whose data set, collate function and batch size are used; with a ``SubsetRandomSampler``, of
-            the data set those indices only. Of an iterable data set the first samples are taken, and a sequence of batches
-            gives its first ones.
+            the data set those indices only. An object around a DataLoader, its attribute ``loader``, gets the batches to do
+            to them what it does (timm's ``PrefetchLoader`` normalizes). Of an iterable data set the first samples are taken,
+            and a sequence of batches gives its first ones.
         num_samples: at most; all if there are fewer. Where batches are taken as they come, the last one may pass it.
         batch_size: of the batches given back; None for the loader's.
         transform: in place of the data set's own ``transform``, without augmentation.
@@ -47,7 +48,8 @@ def probe_batches(
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    reader = _reader(loader, num_samples, seed, batch_size, transform)
+    source = loader.loader if _wraps_a_loader(loader) else loader
+    reader = _reader(source, num_samples, seed, batch_size, transform)
     has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     device = torch.device("cuda" if has_cuda else "cpu")
     holders = BatchSource(reader, device=device, cache_bytes=0).holders
@@ -56,11 +58,20 @@ def probe_batches(
         sampling.seed_global(sampling.key_for(seed, "probe") >> 1, device)
         sampling.set_generator_states(sampling.generator_states(holders), offset=1)
         batches = list(_first(reader, num_samples))
+        if source is not loader:
+            through = copy.copy(loader)
+            through.loader = batches
+            batches = list(through)
     finally:
         restore()
     if not batches:
         raise LoaderError("the loader holds no sample, so there is nothing to measure on")
     return batches
+
+
+def _wraps_a_loader(loader: Any) -> bool:
+    """Whether it iterates a DataLoader of its own, to move or normalize whole batches, as timm's ``PrefetchLoader`` does."""
+    return not isinstance(loader, DataLoader) and isinstance(getattr(loader, "loader", None), DataLoader)
 
 
 def _reader(

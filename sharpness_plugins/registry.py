@@ -38,6 +38,7 @@ from .specs import (
     FunctionMetric,
     Metric,
     MetricSpec,
+    OptimizerSpec,
     ScheduleSpec,
     SignalSpec,
     Spec,
@@ -53,9 +54,12 @@ from .specs import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .controller import BatchChange
     from .coupling import CouplingRule
     from .losses import LossFn
+    from .optimizers import Rule
     from .schedules import BatchSchedule, Signal
     from .signals import SignalContext
 
@@ -67,6 +71,7 @@ __all__ = [
     "Metric",
     "MetricSpec",
     "Offer",
+    "OptimizerSpec",
     "PluginRecord",
     "Registry",
     "ScheduleSpec",
@@ -74,6 +79,7 @@ __all__ = [
     "available",
     "available_couplings",
     "available_metrics",
+    "available_optimizers",
     "available_schedules",
     "available_signals",
     "call_hook",
@@ -81,6 +87,7 @@ __all__ = [
     "fresh_registry",
     "get_coupling",
     "get_metric",
+    "get_rule",
     "get_schedule",
     "get_signal",
     "hookimpl",
@@ -146,6 +153,20 @@ class Hooks(Protocol):
             @hookimpl
             def sharpness_resolve_loss(model, batch):
                 return detection_loss if hasattr(model, "roi_heads") else None
+        """
+
+    @hookspec(firstresult=True)
+    def sharpness_unwrap_model(self, model: Any) -> nn.Module | None:
+        """What of ``model`` is measured, or None for all of it: its own modules, without those that are not trained.
+
+        Asked before anything else, with wrappers of compilation and data parallelism off. The first answer wins::
+
+            # acme_tools/plugin.py
+            from sharpness_plugins import hookimpl
+
+            @hookimpl
+            def sharpness_unwrap_model(model):
+                return model.student if type(model).__name__ == "AcmeDistillation" else None
         """
 
     @hookspec
@@ -231,6 +252,21 @@ class Hooks(Protocol):
                 yield CouplingSpec("cube_root", cube_root, summary="learning rate times the cube root")
 
         Its user writes ``BatchController(schedule, optimizer, coupling="cube_root")``.
+        """
+
+    @hookspec
+    def sharpness_optimizers(self) -> Iterable[OptimizerSpec]:
+        """How sharpness-aware optimizers may make their gradient::
+
+            # acme_tools/plugin.py
+            from sharpness_plugins import OptimizerSpec, hookimpl
+
+            @hookimpl
+            def sharpness_optimizers():
+                yield OptimizerSpec("acme_sign", "acme_tools.rules:SignSAM", summary="uphill along signs")
+
+        where ``acme_tools/rules.py`` holds a frozen dataclass ``SignSAM``, a ``sharpness_plugins.optimizers.Rule``.
+        Its user writes ``create_optimizer(model, "acme_sign:rho=0.1", base="sgd", lr=0.1)``.
         """
 
     @hookspec
@@ -429,8 +465,9 @@ class Registry:
         if known is not None:
             check_settings(f"{kind.kind} {offer.spec.name!r}", settings, known)
         made = factory(**settings)
-        if not callable(made):
-            raise TypeError(f"{kind.kind} {name!r} of plugin {offer} is {made!r}, which cannot be called")
+        if not (callable(made) if kind.uses == "__call__" else callable(getattr(made, kind.uses, None))):
+            lacks = "cannot be called" if kind.uses == "__call__" else f"has no {kind.uses}()"
+            raise TypeError(f"{kind.kind} {name!r} of plugin {offer} is {made!r}, which {lacks}")
         return made
 
     def provenance(self, metric: object) -> Offer | None:
@@ -549,6 +586,11 @@ def available_couplings(pattern: str = "*") -> dict[str, Offer]:
     return available(CouplingSpec, pattern)
 
 
+def available_optimizers(pattern: str = "*") -> dict[str, Offer]:
+    """Rules of sharpness-aware optimizers whose name matches, sorted."""
+    return available(OptimizerSpec, pattern)
+
+
 def get_metric(name: str, /, **settings: Any) -> Metric:
     """A metric by name, with these settings.
 
@@ -596,6 +638,12 @@ def get_signal(name: str, /, **settings: Any) -> Callable[[SignalContext], Signa
 def get_coupling(name: str, /, **settings: Any) -> CouplingRule:
     """A learning-rate rule by name, with these settings. Raises as ``get_metric`` does."""
     found: CouplingRule = _registry.get(CouplingSpec, name, settings)
+    return found
+
+
+def get_rule(name: str, /, **settings: Any) -> Rule:
+    """A rule of sharpness-aware optimizers by name, with these settings. Raises as ``get_metric`` does."""
+    found: Rule = _registry.get(OptimizerSpec, name, settings)
     return found
 
 

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from .errors import did_you_mean, missing_dependency
+from .schema import ANY, check, read_json
 
 if TYPE_CHECKING:
     import pandas
@@ -128,10 +129,11 @@ class SharpnessReport(Mapping[str, MetricResult]):
     @property
     def notes(self) -> list[str]:
         """Sentences about this measurement that a reader of the numbers must know."""
-        return list(self.provenance.get("notes", ()))
+        return list(self.provenance.get("notes") or ())
 
     def __str__(self) -> str:
-        title, rows, notes = self._title(), self._rows(), self._sentences()
+        title, notes = _printable(self._title()), [_printable(sentence) for sentence in self._sentences()]
+        rows = [[_printable(cell) for cell in row] for row in self._rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         left = {0, 3}  # the metric's name and what the number is; the rest are numbers
         lines = [
@@ -156,11 +158,12 @@ class SharpnessReport(Mapping[str, MetricResult]):
         return f"<p>{title}</p><table><thead><tr>{cells}</tr></thead><tbody>{table}</tbody></table><ul>{notes}</ul>"
 
     def _title(self) -> str:
-        p = self.provenance
+        p = {key: value for key, value in self.provenance.items() if value is not None}
         if "num_samples" not in p:
             return f"Loss {self.loss:.6g}"
+        data = f"{p['num_samples']:,} samples" + (f" on {p['ranks']} ranks" if p.get("ranks", 1) > 1 else "")
         return (
-            f"Sharpness of {p.get('model', 'the model')}: {p.get('dim', 0):,} parameters, {p['num_samples']:,} samples, "
+            f"Sharpness of {p.get('model', 'the model')}: {p.get('dim', 0):,} parameters, {data}, "
             f"mean loss {self.loss:.6g} ({p.get('loss_rule', 'loss rule unknown')})"
         )
 
@@ -201,7 +204,7 @@ class SharpnessReport(Mapping[str, MetricResult]):
             ValueError: ``data`` is not a report, or was written by a newer version of this library.
         """
         version = data.get("schema_version") if isinstance(data, Mapping) else None
-        if not isinstance(version, int):
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise ValueError("this is not a sharpness report: it has no 'schema_version'. Write one with report.to_json().")
         if version > SCHEMA_VERSION:
             raise ValueError(
@@ -209,23 +212,21 @@ class SharpnessReport(Mapping[str, MetricResult]):
                 f"{SCHEMA_VERSION}. Upgrade with: pip install -U sharpness-plugins"
             )
         try:
-            results = {key: _result_from(entry) for key, entry in data["results"].items()}
-            return cls(results, _number(data["loss"]), dict(data["provenance"]), _cost_from(data["cost"]))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"this sharpness report is damaged: {type(error).__name__}: {error}") from error
+            check(data, _SHAPE, "the report")
+            check({key: data["provenance"].get(key) for key in _PROVENANCE}, _PROVENANCE, "the report.provenance")
+            results = {key: _result_from(entry, f"the report.results.{key}") for key, entry in data["results"].items()}
+        except ValueError as error:
+            raise ValueError(f"this sharpness report is damaged: {error}") from error
+        return cls(results, _number(data["loss"]), dict(data["provenance"]), _cost_from(data["cost"]))
 
     @classmethod
     def from_json(cls, text: str) -> SharpnessReport:
-        """The inverse of ``to_json``.
+        """The inverse of ``to_json``. Text from elsewhere is safe to read: nothing in it is run.
 
         Raises:
-            ValueError: see ``from_dict``; or ``text`` is not JSON.
+            ValueError: see ``from_dict``; or ``text`` is not strict JSON, larger than 64 MiB, or nested too deep.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"this is not a sharpness report: it is not JSON ({error})") from error
-        return cls.from_dict(data)
+        return cls.from_dict(read_json(text, "a sharpness report"))
 
     def to_frame(self) -> pandas.DataFrame:
         """One row per metric; needs pandas."""
@@ -246,6 +247,13 @@ class SharpnessReport(Mapping[str, MetricResult]):
         columns = ["metric", "value", "standard_error", "kind", "status", *(f.name for f in fields(Cost))]
         frame: pandas.DataFrame = pd.DataFrame(rows, columns=columns).set_index("metric")
         return frame
+
+
+def _printable(text: str) -> str:
+    """Without what would move the cursor of a terminal: control characters of a report from elsewhere, escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _plain(value: Any) -> Any:
@@ -275,11 +283,14 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _result_from(entry: Mapping[str, Any]) -> MetricResult:
+def _result_from(entry: Mapping[str, Any], where: str) -> MetricResult:
+    kind = entry["status"]["kind"]
+    if kind not in list(Kind):
+        raise ValueError(f"{where}.status.kind must be one of {', '.join(Kind)}, got {kind!r}")
     return MetricResult(
         value=_number(entry["value"]),
         standard_error=None if entry["standard_error"] is None else float(entry["standard_error"]),
-        status=Status(Kind(entry["status"]["kind"]), str(entry["status"]["message"])),
+        status=Status(Kind(kind), entry["status"]["message"]),
         details=dict(entry["details"]),
         cost=None if entry["cost"] is None else _cost_from(entry["cost"]),
     )
@@ -287,3 +298,30 @@ def _result_from(entry: Mapping[str, Any]) -> MetricResult:
 
 def _cost_from(entry: Mapping[str, Any]) -> Cost:
     return Cost(**{f.name: _number(entry[f.name]) for f in fields(Cost)})
+
+
+_COST: dict[Any, Any] = {**{f.name: (float, None) for f in fields(Cost)}, ...: ANY}
+_SHAPE = {
+    "schema_version": int,
+    "loss": (float, None),
+    "cost": _COST,
+    "provenance": {str: ANY},
+    "results": {
+        str: {
+            "value": (float, None),
+            "standard_error": (float, None),
+            "status": {"kind": str, "message": str, ...: ANY},
+            "details": {str: ANY},
+            "cost": (_COST, None),
+            ...: ANY,
+        }
+    },
+    ...: ANY,
+}
+_PROVENANCE = {  # what the table is made from; a report made by hand may lack it
+    "model": (str, None),
+    "loss_rule": (str, None),
+    "num_samples": (int, None),
+    "dim": (int, None),
+    "notes": ([str], None),
+}

@@ -28,11 +28,32 @@ from . import sampling
 from .batches import count_samples
 from .errors import LoaderError
 from .schedules.planner import Plan
+from .schema import ANY, check
 
-__all__ = ["AccumulatingLoader", "MicroBatch", "ResizableBatchSampler", "ResizableLoader", "check_repeatable"]
+__all__ = [
+    "AccumulatingLoader",
+    "MicroBatch",
+    "ResizableBatchSampler",
+    "ResizableLoader",
+    "check_repeatable",
+    "check_state",
+]
 
 T = TypeVar("T")
 _END: Any = object()
+_SAMPLER_STATE = {
+    "epoch": int,
+    "position": int,
+    "taken": int,
+    "ended": bool,
+    "plan": [int],
+    "next_plan": [int],
+    "num_samples": int,
+    "shuffle": bool,
+    "seed": int,
+    ...: ANY,
+}
+_LOADER_STATE = {"epoch": int, "delivered": int, "taken": int, "ended": bool, "plan": [int], "next_plan": [int], ...: ANY}
 
 
 class MicroBatch(NamedTuple):
@@ -183,8 +204,9 @@ class ResizableBatchSampler(Sampler[list[Any]]):
         """Go where that run was. Between groups the number of ranks may be another one: the present plan then stays.
 
         Raises:
-            ValueError: other data, or another order, than in that run; other ranks in the middle of a group.
+            ValueError: other data, or another order, than in that run; other ranks in the middle of a group; damage.
         """
+        check_state(state)
         for name, here in (("num_samples", self.num_samples), ("shuffle", self.shuffle)):
             if state[name] != here:
                 raise ValueError(
@@ -517,7 +539,12 @@ class AccumulatingLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go where that run was: the next iteration reads and drops what had been delivered."""
+        """Go where that run was: the next iteration reads and drops what had been delivered.
+
+        Raises:
+            ValueError: it is no such state, or damaged.
+        """
+        check_state(state)
         self._begin(int(state["epoch"]))
         self._delivered, self._taken, self._ended = int(state["delivered"]), int(state["taken"]), bool(state["ended"])
         self._plan, self._next_plan = _plan_from_json(state["plan"]), _plan_from_json(state["next_plan"])
@@ -557,6 +584,18 @@ class AccumulatingLoader:
         for part in parts:
             if callable(set_epoch := getattr(part, "set_epoch", None)):
                 set_epoch(epoch)
+
+
+def check_state(state: Any) -> None:
+    """ValueError unless it is a state of one of these loaders."""
+    shape = _SAMPLER_STATE if isinstance(state, Mapping) and "num_samples" in state else _LOADER_STATE
+    check(state, shape, "the state of the loader")
+    for name in ("plan", "next_plan"):
+        if len(state[name]) != 3 or min(state[name]) < 1:
+            raise ValueError(f"the state of the loader.{name} must be three whole numbers from 1, got {state[name]}")
+    for name in ("epoch", "position", "delivered", "taken"):
+        if state.get(name, 0) < 0:
+            raise ValueError(f"the state of the loader.{name} must be at least 0, got {state[name]}")
 
 
 def check_repeatable(loader: Iterable[Any]) -> None:

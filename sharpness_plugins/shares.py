@@ -82,7 +82,7 @@ class _Digest(NamedTuple):
     """What tells loaders apart.
 
     Attributes:
-        contents: of a few samples; empty where there are none.
+        contents: of a few samples, or the length of a data set whose sampler is made for ranks; empty where there are none.
         order: of the indices of all batches; empty where they are not known.
     """
 
@@ -94,9 +94,9 @@ def share_of(loader: Iterable[Any], ranks: Ranks, *, max_samples: int | None, se
     """This rank's share of a loader; ``ranks.how`` says what the loaders of the ranks hold, and is settled here.
 
     * A DataLoader with a map-style data set that is the same on all ranks: its samplers tell which samples each rank would
-      read. Where they agree, batches are dealt out. Where they do not (``DistributedSampler``, Accelerate's shards, shuffles
-      of their own), each rank keeps its samples but for those that another one has before it: the repeats that fill up the
-      last batches are left out.
+      read. Where they agree, batches are dealt out. Where they do not (``DistributedSampler``, shuffles of their own), each
+      rank keeps its samples but for those that another one has before it: the repeats that fill up the last batches are left
+      out.
     * Other loaders: "same data" where their first batches are equal, "own data" where all of them differ.
 
     The caller preserves the random states.
@@ -117,6 +117,7 @@ def share_of(loader: Iterable[Any], ranks: Ranks, *, max_samples: int | None, se
         if own is None:
             inner, own = None, _digest_of_first(loader)
         sampling.set_generator_states(states)
+        count = _num_batches(loader, max_samples)
     digests: list[_Digest] = ranks.gather(own)
     told = [digest for digest in digests if digest.contents]
     if all(digest.order for digest in digests) and len({digest.contents for digest in digests}) == 1 and inner is not None:
@@ -127,9 +128,7 @@ def share_of(loader: Iterable[Any], ranks: Ranks, *, max_samples: int | None, se
             return _of_plans(loader, inner, parts, ranks, max_samples)
     ranks.how = _settled(ranks.how, [r for r, d in enumerate(digests) if d.contents and told.count(d) > 1], len(digests))
     if ranks.how == "same data":
-        return Share(
-            loader, how=ranks.how, ranks=ranks, max_samples=max_samples, num_batches=_num_batches(loader, max_samples)
-        )
+        return Share(loader, how=ranks.how, ranks=ranks, max_samples=max_samples, num_batches=count)
     if max_samples is not None:
         max_samples = max_samples // ranks.size + (ranks.rank < max_samples % ranks.size)
     return Share(loader, how=ranks.how, ranks=ranks, max_samples=max_samples)
@@ -141,8 +140,8 @@ def _settled(how: str, equal: list[int], size: int) -> str:
     if how == "auto":
         if equal and len(equal) < size:
             raise LoaderError(
-                f"the loaders of ranks {named} give the same first batch and those of other ranks do not, so it cannot be told "
-                "how they share the data. Give every rank the same loader, or each its own part."
+                f"the loaders of ranks {named} give the same first batch and those of other ranks do not, so it cannot be "
+                "told how they share the data. Give every rank the same loader, or each its own part."
             )
         return "same data" if equal else "own data"
     if how == "same data" and len(equal) < size:
@@ -152,8 +151,8 @@ def _settled(how: str, equal: list[int], size: int) -> str:
         )
     if how == "own data" and equal:
         raise LoaderError(
-            f"ranks='own data', but the loaders of ranks {named} give the same first batch, so samples would count more than "
-            "once. Use ranks='same data', which shares them out."
+            f"ranks='own data', but the loaders of ranks {named} give the same first batch, so samples would count more "
+            "than once. Use ranks='same data', which shares them out."
         )
     return how
 
@@ -178,13 +177,15 @@ def _planned(loader: DataLoader[Any]) -> list[Indices]:
             generator=loader.generator
         )  # the seed of workers is drawn before the order
     sampler: Any = loader.batch_sampler
+    while hasattr(sampler, "num_processes") and hasattr(sampler, "batch_sampler"):
+        sampler = sampler.batch_sampler  # Accelerate's part of a rank, in an order that it makes the same at every pass
     return [list(batch) for batch in itertools.islice(sampler, len(sampler))]
 
 
 def _marked(loader: DataLoader[Any]) -> bool:
     """Whether a sampler is made for ranks, so that what is there twice fills up a batch."""
     holders = [loader.batch_sampler, loader.sampler, getattr(loader.batch_sampler, "sampler", None)]
-    return any(hasattr(holder, "num_replicas") or hasattr(holder, "num_processes") for holder in holders)
+    return any(hasattr(holder, "num_replicas") for holder in holders)
 
 
 def _has_repeats(plan: list[Indices]) -> bool:
@@ -202,17 +203,19 @@ def _of_plans(
         mine = [position for position in range(len(plan)) if whole.piece(position) is not None]
         reading = _reading(loader, inner, [plan[position] for position in mine])
         return Share(reading, how=ranks.how, ranks=ranks, num_batches=len(plan), positions=mine)
-    ranks.how, given = "own data", sum(len(batch) for part in parts for batch in part)
+    each = [{index for batch in part for index in batch} for part in parts]
+    ranks.how = "own data" if any(indices != each[0] for indices in each) else "same data"
+    given = sum(len(batch) for part in parts for batch in part)
     unique = _cut(parts, None, drop_repeats=True)
     taken = sum(len(batch) for part in unique for batch in part)
     notes = []
-    if given > taken:
+    if given > taken and ranks.how == "own data":
         notes.append(f"{given - taken} samples that the samplers of several ranks give were read once")
     if _marked(inner) and taken < len(inner.dataset):  # type: ignore[arg-type]
         notes.append(f"the samplers of the ranks leave out {len(inner.dataset) - taken} samples of the data set")  # type: ignore[arg-type]
     plan = _cut(parts, max_samples, drop_repeats=True)[ranks.rank]
     positions = range(ranks.rank, ranks.size * len(plan) + ranks.rank, ranks.size)
-    return Share(_reading(loader, inner, plan), how=ranks.how, ranks=ranks, positions=positions, note="; ".join(notes))
+    return Share(_reading(loader, inner, plan), how="own data", ranks=ranks, positions=positions, note="; ".join(notes))
 
 
 def _cut(parts: list[list[Indices]], max_samples: int | None, *, drop_repeats: bool = False) -> list[list[Indices]]:
@@ -261,14 +264,17 @@ def _reading(loader: Any, inner: DataLoader[Any], plan: list[Indices]) -> Any:
 
 def _digest_of_dataset(loader: DataLoader[Any] | None, plan: list[Indices]) -> _Digest | None:
     """Of three samples and of all indices; None where samples cannot be had one by one."""
-    if loader is None or not plan:
+    count = 0 if loader is None else len(loader.dataset)  # type: ignore[arg-type]
+    if loader is None or not count:
         return None
+    order = hashlib.sha256(repr(plan).encode()).hexdigest()
+    if _marked(loader):  # a data set that draws at random would not look the same
+        return _Digest(f"{count} samples for the ranks", order)
     try:
-        count = len(loader.dataset)  # type: ignore[arg-type]
         contents = _hashed([loader.dataset[i] for i in (0, count // 2, count - 1)], str(count))
     except Exception:  # its indices are names, say; what is broken will be said when it is read
         return None
-    return _Digest(contents, hashlib.sha256(repr(plan).encode()).hexdigest())
+    return _Digest(contents, order)
 
 
 # ---------------------------------------------------------------------- others

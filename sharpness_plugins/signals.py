@@ -153,7 +153,7 @@ class SignalBook:
         return any(isinstance(source, MeterSignal) for source in self._sources.values())
 
     def measure_due(self, progress: Progress, context: SignalContext) -> None:
-        """Measure what is due, in the order of the requests; on every rank, and where a clock has a say, when rank 0 does."""
+        """Measure what is due, in the order of the requests; on all ranks, and where a clock has a say, when rank 0 does."""
         self.budget.train(progress)
         for name, pace in self._paces.items():
             price = self._prices.get(name, self.budget.price_of(FIRST_GUESS * self._probe_samples, progress))

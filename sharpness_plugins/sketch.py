@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .batches import Batch
 from .distributed import Ranks
-from .evaluation import Evaluator, WeightlessError
+from .evaluation import Evaluator
 from .losses import logits_of
 
 __all__ = ["Sketch"]
@@ -88,10 +88,10 @@ class Sketch:
         """``use`` of the model's output on the batch as rows of scores, shape ``(positions, outputs)``."""
         seen: list[Any] = []
         handle = self._evaluator.module.register_forward_hook(lambda module, args, output: seen.append(output))
+        # as many as the whole batch: outputs count whether their targets are ignored or not
+        whole = batch._replace(num_samples=self._evaluator.sizes.get(batch.position))
         try:
-            return self._evaluator.loss(flat, batch, lambda loss, weight: self._used(seen, use))
-        except WeightlessError:
-            return None
+            return self._evaluator.loss(flat, whole, lambda loss, weight: self._used(seen, use))
         finally:
             handle.remove()
 

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .errors import did_you_mean
 
 __all__ = ["ParameterSpace", "Select"]
@@ -20,6 +21,8 @@ _HALF = (torch.float16, torch.bfloat16)
 
 class ParameterSpace:
     """The trainable parameters that ``select`` names, as one flat vector; the others and the buffers as constants.
+
+    Those that ``fully_shard`` has spread over the ranks are gathered: every rank has all of the vector.
 
     Frozen parameters (``requires_grad=False``) are left out; tied ones appear once, under their first name, and are
     selected when any of their names matches. Half-precision tensors are represented in float32. Nothing here writes to
@@ -77,10 +80,10 @@ class ParameterSpace:
         self._buffers = {name: self._constant(buffer) for name, buffer in model.named_buffers()}
 
     def _flat(self, parameter: Tensor) -> Tensor:
-        return parameter.detach().reshape(-1).to(self.device, self.dtype, copy=True)
+        return distributed.whole(parameter).detach().reshape(-1).to(self.device, self.dtype, copy=True)
 
     def _constant(self, tensor: Tensor) -> Tensor:
-        constant = tensor.detach().to(device=self._device or tensor.device, dtype=_full(tensor.dtype))
+        constant = distributed.whole(tensor).detach().to(device=self._device or tensor.device, dtype=_full(tensor.dtype))
         return constant.clone() if constant.is_inference() else constant
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:

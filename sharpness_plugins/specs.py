@@ -31,12 +31,12 @@ __all__ = [
     "FunctionMetric",
     "Metric",
     "MetricSpec",
+    "OptimizerSpec",
     "ScheduleSpec",
     "SignalSpec",
     "Spec",
     "cause",
     "check_settings",
-    "check_types",
     "definition",
     "factory_settings",
     "is_loading",
@@ -108,6 +108,7 @@ class Spec:
     Attributes:
         kind: what sort of thing it is, as the word for it in messages.
         hook: the hook that yields specs of this kind.
+        uses: what a thing of this kind is asked for, so that a factory that makes something else is told at once.
         name: an identifier; a metric's is the key in the report.
         factory: called with the settings, returns the thing. Written as ``"package.module:attribute"`` it is imported
             on first use, so that listing stays fast.
@@ -116,6 +117,7 @@ class Spec:
 
     kind: ClassVar[str]
     hook: ClassVar[str]
+    uses: ClassVar[str] = "__call__"
 
     name: str
     factory: str | Callable[..., Any]
@@ -195,7 +197,16 @@ class CouplingSpec(Spec):
     hook = "sharpness_lr_couplings"
 
 
-KINDS: tuple[type[Spec], ...] = (MetricSpec, ScheduleSpec, SignalSpec, CouplingSpec)
+@dataclass(frozen=True)
+class OptimizerSpec(Spec):
+    """How a sharpness-aware optimizer makes its gradient: its factory returns an ``optimizers.Rule``."""
+
+    kind = "optimizer"
+    hook = "sharpness_optimizers"
+    uses = "combine"
+
+
+KINDS: tuple[type[Spec], ...] = (MetricSpec, ScheduleSpec, SignalSpec, CouplingSpec, OptimizerSpec)
 
 
 @dataclass(frozen=True, repr=False)
@@ -309,39 +320,6 @@ def check_settings(owner: str, given: Iterable[str], known: Mapping[str, Any]) -
             raise TypeError(f"{owner} has no setting {key!r}.{did_you_mean(key, known)} Settings: {shown}")
     if missing := [key for key, default in known.items() if default is empty and key not in given]:
         raise TypeError(f"{owner} needs {', '.join(missing)}. Settings: {shown}")
-
-
-def check_types(settings: Any) -> None:
-    """Refuse what the annotation of a dataclass field rules out: for ``__post_init__``, ahead of checks of the range.
-
-    ``int`` takes whole numbers, NumPy's too, ``float`` numbers but NaN, ``str`` text and ``bool`` truth values; "or None"
-    is understood, and any other annotation takes everything.
-
-    Raises:
-        TypeError: a setting has another type. ValueError: it is NaN.
-    """
-    for one in fields(settings):
-        value, words = getattr(settings, one.name), str(one.type).replace("|", " ").split()
-        expected = next((word for word in words if word in _TYPES), None)
-        if expected is None or not set(words) <= {*_TYPES, "None"} or (value is None and "None" in words):
-            continue
-        if not any(_TYPES[word][0](value) for word in words if word in _TYPES):
-            said = " or ".join([_TYPES[word][1] for word in words if word in _TYPES] + ["None"] * ("None" in words))
-            raise TypeError(f"{one.name} must be {said}, got {value!r}")
-        if value != value:
-            raise ValueError(f"{one.name} must be a number, got {value!r}")
-
-
-def _is_whole(value: Any) -> bool:
-    return not isinstance(value, bool) and hasattr(type(value), "__index__")
-
-
-_TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "int": (_is_whole, "a whole number"),
-    "float": (lambda value: _is_whole(value) or isinstance(value, float), "a number"),
-    "str": (lambda value: isinstance(value, str), "text"),
-    "bool": (lambda value: isinstance(value, bool), "True or False"),
-}
 
 
 def spec_of(value: Any) -> Spec | None:

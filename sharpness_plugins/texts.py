@@ -25,17 +25,24 @@ def name_and_settings(text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"{text!r}: {part.strip()!r} is not KEY=VALUE. Example: epsilon_box:epsilon=5e-4")
         try:
             settings[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             settings[key] = value
     return name.strip(), settings
 
 
 def _split_at_commas(text: str) -> list[str]:
-    """At those outside of brackets: a value may be a tuple or a list."""
-    parts, depth = [""], 0
+    """At those outside of brackets and quotes: a value may be a tuple, a list, or text with commas."""
+    parts, depth, quote, before = [""], 0, "", "="
     for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth <= 0:
+        if quote:
+            quote = "" if character == quote and before != "\\" else quote
+            before = "" if before == "\\" else character  # an escaped backslash escapes nothing
+        elif character in "'\"" and before in "=([{,:":  # else it is an apostrophe
+            quote, before = character, character
+        elif not character.isspace():
+            depth += (character in "([{") - (character in ")]}")
+            before = character
+        if character == "," and depth <= 0 and not quote:
             parts.append("")
         else:
             parts[-1] += character

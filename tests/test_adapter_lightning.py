@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -38,6 +39,7 @@ from sharpness_adapters.lightning import (
 from sharpness_plugins import measure_sharpness
 from sharpness_plugins.controller import BatchController
 from sharpness_plugins.errors import LoaderError, LossRuleError, PluginWarning
+from sharpness_plugins.noise_scale import NoiseScaleMeter
 from sharpness_plugins.optimizers import perturbed
 
 pytestmark = [
@@ -690,8 +692,54 @@ def test_a_schedule_that_looks_at_sharpness_or_noise():
     callback = measuring(every="4 steps")
     fit(Net(), DataLoader(dataset(), batch_size=8), [noise, callback], epochs=4)
     assert "gradient_noise_scale" in noise.controller.signals
-    assert noise._meter.average.num_steps > 0
-    assert "noise_scale" in callback.last.values
+    assert noise._noise.meter.average.num_steps > 0
+    assert "gradient_noise_scale" in callback.last.values
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("sized", [False, True])  # by Lightning's accumulation, or BatchSizeCallback's
+def test_the_noise_scale_comes_from_the_micro_batches_of_training(sized, half):
+    num_samples = 92  # of 12 batches the last has 4: Lightning gives it the weight of 8, which tells nothing
+    model, callback = Net(), measuring(every="1ep", noise_scale=True)
+    settings = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=Scaler(init_scale=2.0**8))]} if half else {}
+    callbacks = [callback, SAMCallback(0.1)]
+    if sized:
+        callbacks.append(BatchSizeCallback("32", mode="accumulate"))
+    else:
+        settings["accumulate_grad_batches"] = 4
+    fit(model, Data(num_samples=num_samples), callbacks, epochs=1, gradient_clip_val=0.01, **settings)
+    twin = Net()
+    meter = NoiseScaleMeter(twin.parameters())
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    loaded = list(DataLoader(dataset(num_samples), batch_size=8))
+    for at in range(0, 12, 4):
+        group = loaded[at : at + 4]
+        total = sum(len(targets) for _, targets in group)
+
+        def backward(group=group, total=total, weighted=contextlib.nullcontext):
+            for inputs, targets in group:
+                loss = nn.functional.cross_entropy(twin.net(inputs), targets)
+                with weighted(len(targets)):
+                    (loss * (len(targets) / total)).backward()
+
+        optimizer.zero_grad()
+        backward(weighted=meter.micro_batch)
+        if total == 32 or sized:
+            meter.step()
+        else:
+            meter.discard()
+        with perturbed(twin.parameters(), 0.1):
+            backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.01)
+        optimizer.step()
+    assert (callback._noise is None) == sized
+    watch = callbacks[-1]._noise if sized else callback._noise
+    assert watch.meter.average.num_steps == (3 if sized else 2)
+    for name in ("gradient_variance", "gradient_norm_squared"):
+        found, expected = (one.signal(name, 3, num_samples) for one in (watch.meter, meter))
+        assert found.value == pytest.approx(expected.value, rel=0.1 if half else 1e-5)
+    recorded, told = callback.last.values["gradient_noise_scale"], watch.signal(3, num_samples)
+    assert (recorded == told.value) if told.value is not None else math.isnan(recorded)
 
 
 def test_all_three_at_once():
@@ -781,6 +829,10 @@ callback = BatchSizeCallback(schedule)
 data = dataset()
 run("shared", [callback], DataLoader(data, batch_sampler=callback.batch_sampler(SequentialSampler(data))))
 run("timed", [measuring(every="0.01 s")], epochs=1)
+sharp = measuring(every="4 steps", noise_scale=True)
+run("noise", [sharp], epochs=2)
+meter = sharp._noise.meter
+out["noise"]["noise"] = [meter.average.num_steps, meter.signal("gradient_variance", 0, 0).value]
 run("bf16", [measuring(every="5 steps"), SAMCallback(0.1)], precision="bf16-mixed", epochs=1)
 half = [MixedPrecision("16-mixed", "cpu", scaler=Scaler(init_scale=2.0**8))]
 run("fp16", [measuring(every="5 steps"), SAMCallback(0.1), BatchSizeCallback(schedule)], plugins=half, gradient_clip_val=1.0)
@@ -821,7 +873,7 @@ def ranks(tmp_path_factory):
     return [json.loads((folder / f"out{rank}").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ["three", "two", "accumulate", "shared", "timed", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["three", "two", "accumulate", "shared", "timed", "noise", "bf16", "fp16"])
 def test_two_ranks_stay_one_model(ranks, name):
     assert {key: value for key, value in ranks[0][name].items() if key != "rng"} == {
         key: value for key, value in ranks[1][name].items() if key != "rng"
@@ -831,6 +883,13 @@ def test_two_ranks_stay_one_model(ranks, name):
 def test_two_ranks_measure_without_a_trace(ranks):
     assert ranks[0]["three"]["weights"] == ranks[0]["two"]["weights"]
     assert ranks[0]["three"]["rng"] == ranks[0]["two"]["rng"]
+
+
+def test_two_ranks_tell_the_noise_with_one_micro_batch_each(ranks):
+    assert ranks[0]["noise"]["noise"] == ranks[1]["noise"]["noise"]
+    num_steps, variance = ranks[0]["noise"]["noise"]
+    assert num_steps == ranks[0]["noise"]["steps"] == 12
+    assert variance > 0
 
 
 def test_two_ranks_train_as_one_process_does(ranks):
@@ -883,7 +942,13 @@ def test_lightning_cli_builds_all_three_from_yaml_and_arguments(tmp_path, monkey
         "callbacks": [
             {
                 "class_path": "sharpness_adapters.lightning.SharpnessCallback",
-                "init_args": {"metrics": [METRIC], "every": "6 steps", "budget": None, "num_samples": 16},
+                "init_args": {
+                    "metrics": [METRIC],
+                    "every": "6 steps",
+                    "budget": None,
+                    "num_samples": 16,
+                    "noise_scale": True,
+                },
             },
             {"class_path": "sharpness_adapters.lightning.SAMCallback", "init_args": {"rho": 0.1}},
         ],

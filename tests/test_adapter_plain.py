@@ -582,6 +582,41 @@ def test_bad_settings_are_refused_before_anything_is_touched(settings, error, me
     assert not optimizer._optimizer_step_post_hooks
 
 
+def test_a_metric_of_the_name_of_an_automatic_signal_is_the_users():
+    model, data = Triples(), Indexed()
+    optimizer, loader = torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(data, batch_size=50)
+    with attach(model, optimizer, loader, metrics={"gradient_norm": slope}, loss_fn=loss_fn, budget=None) as run:
+        for batch in loader:
+            loss_fn(model, batch).backward()
+            optimizer.step()
+    assert list(run.history[-1].values) == ["gradient_norm"]
+    assert run.history[-1].loss_rule == "loss_fn loss_fn"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_sharded_model_is_refused_by_name(version):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of one rank alone
+            mesh = dist.init_device_mesh("cpu", (1,))
+            net = Triples()
+            net = (
+                fully_shard(net, mesh=mesh) if version == 2 else FullyShardedDataParallel(net, device_id=torch.device("cpu"))
+            )
+        optimizer, loader = torch.optim.SGD(net.parameters(), lr=0.1), DataLoader(Indexed(), batch_size=50)
+        with (
+            pytest.raises(ValueError, match=r"^attach does not work with FSDP, .* with DistributedDataParallel$"),
+            attach(net, optimizer, loader, loss_fn=loss_fn),
+        ):
+            pass
+    finally:
+        dist.destroy_process_group()
+
+
 def test_the_training_loader_is_no_probe():
     model, optimizer, loader = parts()
     with pytest.raises(ValueError, match="the probe is the training loader"), attach(model, optimizer, loader, probe=loader):

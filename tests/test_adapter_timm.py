@@ -1,6 +1,7 @@
 """timm: its tasks, loaders and optimizers in small loops of our own, and its train.py where one can be had.
 
-``TIMM_TRAIN_PY=path/to/train.py`` names one; timm's wheel does not hold it.
+``TIMM_TRAIN_PY=path/to/train.py`` names one, or several of different versions, separated as in ``PATH``; timm's wheel holds
+none.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ from timm.utils import CheckpointSaver, NativeScaler  # noqa: E402
 
 import sharpness_adapters.timm as adapter  # noqa: E402
 from sharpness_adapters import timm_script  # noqa: E402
+from sharpness_adapters.plain import attach  # noqa: E402
 from sharpness_adapters.timm import SecondPass, Settings, TaskMonitor, bare_task, second_pass_of  # noqa: E402
 from sharpness_adapters.timm.arguments import check_optimizer_name, set_script  # noqa: E402
 from sharpness_adapters.timm.script import ScriptError, ScriptOptions, run_script  # noqa: E402
 from sharpness_adapters.timm_checkpoint import read_timm_checkpoint  # noqa: E402
-from sharpness_adapters.timm_plugin import task_loss  # noqa: E402
+from sharpness_adapters.timm_task import task_loss  # noqa: E402
 from sharpness_plugins import PluginWarning, measure_sharpness, metric  # noqa: E402
 from sharpness_plugins.cli import main as sharpness  # noqa: E402
 from sharpness_plugins.plugin_loading import Source  # noqa: E402
@@ -448,6 +450,32 @@ def test_measuring_leaves_persistent_workers_and_mixup_alone(images):
     assert_same(*seen)
 
 
+def test_a_loop_of_ones_own_on_timms_loaders_is_measured_on_what_the_model_gets(images):
+    """Its default loader normalizes whole batches outside of the DataLoader, which alone gives bytes."""
+    values = []
+    for use_prefetcher in (True, False):
+        states = []
+        for measured in (False, True):
+            dataset = create_dataset("", root=str(images), split="train", is_training=True)
+            settings = {"is_training": True, "num_workers": 0, "persistent_workers": False, "no_aug": True}
+            settings |= {"use_prefetcher": use_prefetcher, "device": torch.device("cpu")}
+            torch.manual_seed(5)
+            loader = create_loader(dataset, (3, 16, 16), batch_size=20, **settings)
+            model = small_net(dropout=0.3)
+            optimizer = optimizer_of(model, "sgd")
+            asked = {"metrics": "gradient_length", "every": "2 steps", "budget": None, "probe_samples": 30}
+            with attach(model, optimizer, loader, **asked) if measured else contextlib.nullcontext() as run:
+                for x, y in loader:
+                    functional.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            states.append({**model.state_dict(), "rng": torch.get_rng_state()})
+        assert_same(*states)
+        assert [(made.step, made.samples) for made in run.history] == [(1, 20), (2, 40), (4, 80)]
+        values.append([made.loss for made in run.history])
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
 MINI = """
     import argparse, json, os
     import torch
@@ -536,26 +564,34 @@ def mini(tmp_path_factory):
 
 
 def real_train_py():
+    """Those of timm that are at hand."""
     named = os.environ.get("TIMM_TRAIN_PY")
-    places = (
-        [Path(named)]
-        if named
-        else [Path(timm.__file__).parents[1] / "train.py", Path(timm.__file__).parents[2] / "train.py"]
-    )
-    return next((place for place in places if place.is_file() and "create_loader" in place.read_text()), None)
+    root = Path(timm.__file__).parents
+    places = [Path(place) for place in named.split(os.pathsep)] if named else [root[1] / "train.py", root[2] / "train.py"]
+    return [place for place in places if place.is_file() and "create_loader" in place.read_text()]
 
 
-@pytest.fixture
-def train_py(monkeypatch):
-    found = real_train_py()
-    if found is None:
+@pytest.fixture(params=real_train_py() or [None], ids=lambda place: place and place.parent.name)
+def train_py(request):
+    if request.param is None:
         pytest.skip(
             "timm's wheel holds no train.py: name one with TIMM_TRAIN_PY (timm's tasks and loaders are tested above)"
         )
     before = logging.getLogger().handlers[:], logging.getLogger().level
-    yield found
+    yield request.param
     logging.getLogger().handlers[:], _ = before
     logging.getLogger().setLevel(before[1])
+
+
+@pytest.fixture
+def task_train_py(train_py):
+    if not has_tasks(train_py):
+        pytest.skip(f"{train_py} is from before timm had tasks, and is refused by name (tested)")
+    return train_py
+
+
+def has_tasks(place):
+    return "task=None" in place.read_text()
 
 
 @pytest.fixture
@@ -692,12 +728,19 @@ def our_plugin(monkeypatch):
         yield
 
 
-def test_a_task_is_measured_by_its_own_loss(our_plugin):
+@pytest.mark.parametrize("wrapped", ["bare", "ema", "compiled inside", "compiled"])
+def test_a_task_is_measured_by_its_own_loss(our_plugin, wrapped):
     model, data = small_net(), batches(2)
-    report = measure_sharpness(task_of(model, LabelSmoothingCrossEntropy(0.1)), data, "gradient_length")
+    task = task_of(model, LabelSmoothingCrossEntropy(0.1))
+    if wrapped == "ema":
+        task.setup_ema(decay=0.9)
+    if wrapped == "compiled inside":
+        task.trainable_module = torch.compile(model)
+    report = measure_sharpness(torch.compile(task) if wrapped == "compiled" else task, data, "gradient_length")
     loss = LabelSmoothingCrossEntropy(0.1)(model.eval()(torch.cat([x for x, _ in data])), torch.cat([y for _, y in data]))
     assert report.loss == pytest.approx(loss.item(), rel=1e-6)
-    assert "task_loss" in str(report.to_dict())
+    assert report.provenance["loss_rule"] == "plugin rule task_loss"
+    assert report.provenance["dim"] == sum(p.numel() for p in model.parameters())  # and not the averaged ones
 
 
 def test_a_checkpoint_of_train_py_is_measured_without_a_word_about_the_model(mini, images, in_folder, our_plugin, capsys):
@@ -812,54 +855,146 @@ def of_train_py(images, out, *more, name="run"):
     return [*place, *run, "--lr", "0.05", *more]
 
 
-def test_unmodified_train_py_with_every_switch(train_py, images, in_folder):
-    """Its own process and command line: EMA, mixup, channels-last, bf16, accumulation, clipping; then it is resumed."""
-    environment = {**os.environ, "SHARPNESS_METRICS": "fisher_trace", "SHARPNESS_EVERY": "3 steps", "OMP_NUM_THREADS": "1"}
-    environment |= {"SHARPNESS_OUT": "out.csv", "SHARPNESS_SAMPLES": "16", "SHARPNESS_BUDGET": "none"}
+def run_train_py(place, arguments, *, measured=True, out="out.csv", command=()):
+    """Its own process and command line."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if measured:
+        environment |= {"SHARPNESS_METRICS": "fisher_trace", "SHARPNESS_EVERY": "3 steps", "SHARPNESS_OUT": out}
+        environment |= {"SHARPNESS_SAMPLES": "16", "SHARPNESS_BUDGET": "none"}
+    whole = [sys.executable, *command, str(place), *arguments]
+    return subprocess.run(whole, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def rows_in(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+SHARPNESS_TIMM = ["-m", "sharpness_adapters.timm_script"]
+OURS = ["--device-modules", "sharpness_adapters.timm"]
+SAM = [*OURS, "--opt", "samsgd", "--opt-kwargs", "rho=0.1"]
+
+
+def test_unmodified_train_py_with_every_switch(task_train_py, images, in_folder):
+    """EMA, mixup, channels-last, bf16, accumulation, clipping; then it is resumed."""
     switches = ["--model-ema", "--mixup", "0.2", "--channels-last", "--amp", "--amp-dtype", "bfloat16", "--clip-grad", "1"]
-    ours = ["--device-modules", "sharpness_adapters.timm", "--opt", "samsgd", "--opt-kwargs", "rho=0.1"]
-    arguments = of_train_py(
-        images, in_folder, *switches, *ours, "--grad-accum-steps", "2", "--workers", "2", "--epochs", "1"
-    )
-    done = subprocess.run(
-        [sys.executable, str(train_py), *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
+    arguments = of_train_py(images, in_folder, *switches, *SAM, "--grad-accum-steps", "2", "--workers", "2")
+    done = run_train_py(task_train_py, [*arguments, "--epochs", "1"])
     assert done.returncode == 0, done.stderr
     assert "Created SGD (samsgd)" in done.stderr
-    with (in_folder / "out.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_in("out.csv")
     assert [row["step"] for row in rows] == ["1", "3", "6"]
     assert [row["samples"] for row in rows] == ["16", "48", "96"]
     assert all(float(row["fisher_trace"]) > 0 and float(row["surrogate_gap"]) > 0 for row in rows)
     assert all(float(row["gradient_norm"]) <= 1.0001 for row in rows)  # clipped, the second one
     saved = torch.load(in_folder / "run/last.pth.tar", weights_only=False)
     assert saved["optimizer"]["param_groups"][0]["sharpness"]["step"] == 6
+    done = run_train_py(task_train_py, [*arguments, "--epochs", "2", "--resume", str(in_folder / "run/last.pth.tar")])
+    assert done.returncode == 0, done.stderr
+    assert [(row["step"], row["samples"]) for row in rows_in("out.csv")[3:]] == [("9", "144"), ("12", "192")]
 
 
-def test_train_py_grows_its_batches_and_resumes(train_py, images, in_folder, our_plugin, capsys):
+@pytest.mark.parametrize(
+    "switches",
+    [
+        ["--opt", "sgd", "--model-ema", "--mixup", "0.2", "--amp", "--amp-dtype", "bfloat16", "--workers", "2"],
+        ["--opt", "samsgd", "--torchcompile", "eager", "--no-prefetcher", "--workers", "1"],
+        ["--opt", "lookahead_samadamw", "--opt-kwargs", "adaptive=True", "--grad-accum-steps", "2", "--workers", "0"],
+    ],
+    ids=["data", "compiled", "lookahead"],
+)
+def test_measuring_leaves_train_py_as_it_is_bit_for_bit(task_train_py, images, in_folder, switches):
+    states = []
+    for measured in (False, True):
+        arguments = of_train_py(images, in_folder, *OURS, *switches, "--epochs", "1", name=f"run{measured}")
+        done = run_train_py(task_train_py, arguments, measured=measured)
+        assert done.returncode == 0, done.stderr
+        states.append(torch.load(in_folder / f"run{measured}/last.pth.tar", weights_only=False)["state_dict"])
+    assert_same(*states)
+    assert all(float(row["fisher_trace"]) > 0 for row in rows_in("out.csv"))
+
+
+def test_a_train_py_without_tasks_is_refused_by_name(train_py, images, in_folder):
+    if has_tasks(train_py):
+        pytest.skip(f"{train_py} has tasks; name an older one with TIMM_TRAIN_PY too (timm 1.0.22 or before)")
+    arguments = of_train_py(images, in_folder, "--workers", "0", "--epochs", "1")
+    done = run_train_py(train_py, [*arguments, *SAM], measured=False)
+    assert "RuntimeError: no forward pass of a timm.task.TrainingTask came before this step" in done.stderr
+    done = run_train_py(
+        train_py, arguments, measured=False, command=["-m", "sharpness_adapters.timm_script", "--schedule", "0:8"]
+    )
+    assert done.returncode == 1
+    assert "is not a train.py of timm that is understood: its train_one_epoch has no argument task" in done.stderr
+    assert not (in_folder / "run").exists()
+
+
+def test_train_py_grows_its_batches_and_resumes(task_train_py, images, in_folder, our_plugin, capsys):
     settings = Settings(("gradient_length",), "1ep", num_samples=20, budget=None)
     options = ScriptOptions("0:8 1ep:32", "linear", settings=settings)
-    arguments = ["--workers", "0", "--sched-on-updates", "--epochs", "3"]
-    run_script(str(train_py), of_train_py(images, in_folder, *arguments), options)
-    with (in_folder / "run/summary.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    arguments = ["--workers", "2", "--sched-on-updates", "--epochs", "3"]
+    run_script(str(task_train_py), of_train_py(images, in_folder, *arguments), options)
+    rows = rows_in(in_folder / "run/summary.csv")
     assert [row["train_batch_size"] for row in rows] == ["8", "32", "32"]
     assert [row["train_updates"] for row in rows] == ["12", "15", "18"]
     assert [row["train_samples"] for row in rows] == ["96", "192", "288"]
     assert [float(row["lr"]) for row in rows] == pytest.approx([cosine(e, 3, 0.05) for e in (1, 2, 3)], abs=1e-12)
     assert float(rows[1]["train_lr_effective"]) == pytest.approx(4 * cosine(20, 36, 0.05))
     assert all(float(row["train_sharpness_gradient_length"]) > 0 for row in rows)
+    assert all(row["eval_loss"] for row in rows)
 
     sys.modules.pop("train")
     resume = ["--resume", str(in_folder / "run/checkpoint-1.pth.tar")]
-    run_script(str(train_py), of_train_py(images, in_folder, *arguments, *resume, name="again"), options)
-    with (in_folder / "again/summary.csv").open() as file:
-        (row,) = csv.DictReader(file)
+    run_script(str(task_train_py), of_train_py(images, in_folder, *arguments, *resume, name="again"), options)
+    (row,) = rows_in(in_folder / "again/summary.csv")
     for name in ("epoch", "train_batch_size", "train_lr_effective", "train_updates", "train_samples", "lr"):
         assert row[name] == rows[2][name], name
     capsys.readouterr()
     command = ["measure", "--checkpoint", str(in_folder / "run/last.pth.tar"), "--data", str(images), "--quiet"]
     assert sharpness([*command, "--metric", "gradient_length"]) == 0
+
+
+def test_train_pys_own_changes_of_size_are_measured_and_stand_against_a_schedule(task_train_py, images, in_folder):
+    if "--train-batch-sizes" not in task_train_py.read_text():
+        pytest.skip(f"{task_train_py} has no --train-batch-sizes")
+    sizes = ["--train-img-sizes", "32", "32", "--train-batch-sizes", "8", "16", "--workers", "0", "--epochs", "1"]
+    done = run_train_py(task_train_py, [*of_train_py(images, in_folder, *sizes), *SAM])
+    assert done.returncode == 0, done.stderr
+    assert all(float(row["surrogate_gap"]) > 0 for row in rows_in("out.csv"))
+    command = [*SHARPNESS_TIMM, "--schedule", "0:8 1ep:16"]
+    done = run_train_py(task_train_py, of_train_py(images, in_folder, *sizes), measured=False, command=command)
+    assert done.returncode == 1
+    assert "leave out --use-multi-epochs-loader and --train-img-sizes" in done.stderr.splitlines()[-1]
+
+
+def test_train_py_on_two_ranks(task_train_py, images, in_folder):
+    """On CPUs, which it cannot do by itself: it gives DDP their device numbers."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "sharpness_adapters.timm_script",
+        "--schedule",
+        "0:8 1ep:32",
+        "--metric",
+        "fisher_trace",
+    ]
+    command += ["--samples", "16", "--budget", "none", str(task_train_py)]
+    command += of_train_py(images, in_folder, "--workers", "0", "--epochs", "2", "--opt", "samsgd", "-b", "4")
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(command, env={**common, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    told = [one.communicate(timeout=300)[1] for one in started]
+    assert [one.returncode for one in started] == [0, 0], told
+    rows = rows_in(in_folder / "run/summary.csv")
+    assert [(row["train_batch_size"], row["train_updates"], row["train_samples"]) for row in rows] == [
+        ("8", "12", "96"),
+        ("32", "15", "192"),
+    ]
+    assert all(float(row["train_sharpness_fisher_trace"]) > 0 for row in rows)
 
 
 # --- the example

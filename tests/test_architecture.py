@@ -21,7 +21,9 @@ LAYERS = {
     "memory": 0,
     "progress": 0,
     "report": 0,
+    "files": 0,
     "sampling": 0,
+    "schema": 0,
     "texts": 0,
     "reductions": 0,
     "accumulation": 1,
@@ -37,6 +39,7 @@ LAYERS = {
     "pacing": 1,
     "probe": 1,
     "shares": 1,
+    "sharded": 1,
     "regions": 1,
     "samplers": 1,
     "schedules": 1,
@@ -67,6 +70,7 @@ LAYERS = {
     "signals": 4,
     "controller": 4,
     "testing": 4,
+    "create": 4,
     "plots": 5,
     "experiments": 5,
     "cli": 5,
@@ -74,7 +78,7 @@ LAYERS = {
 }
 SAME_LAYER = {  # who may import whom beside itself; everything else in a layer stands alone
     "distributed": {"errors"},
-    "report": {"errors"},
+    "report": {"errors", "schema"},
     "reductions": {"sampling"},
     "batches": set(),
     "coupling": {"schedules"},
@@ -100,6 +104,7 @@ SAME_LAYER = {  # who may import whom beside itself; everything else in a layer 
     "optimizers": {"accumulation", "batches", "kernels"},
     "pacing": {"schedules"},
     "monitor": {"measure"},
+    "modes": {"sharded"},
     "probe": {"batches"},
     "shares": {"batches"},
     "signals": {"measure"},
@@ -108,7 +113,8 @@ SAME_LAYER = {  # who may import whom beside itself; everything else in a layer 
     "cli": {"experiments", "plots"},
     "experiments": {"plots"},
 }
-NO_TORCH = ("errors", "texts", "report", "progress", "specs", "plugin_loading", "registry", "cli", "__main__", "__init__")
+NO_TORCH = ("errors", "files", "texts", "report", "schema", "progress", "specs", "plugin_loading", "registry", "cli")
+NO_TORCH += ("__main__", "__init__")
 NO_TORCH += tuple(f"schedules/{file.stem}" for file in sorted((PACKAGE / "schedules").glob("*.py")))
 SHELL_ONLY = {"plots": {"report", "errors"}}
 

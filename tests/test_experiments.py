@@ -525,12 +525,10 @@ def test_demo_files(demo, tmp_path):
 def test_a_failed_write_leaves_the_old_file(demo, tmp_path, monkeypatch):
     (tmp_path / "results.json").write_text("old")
 
-    def no_space(self, content):
-        with open(self, "wb") as file:
-            file.write(content[: len(content) // 2])
+    def no_space(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", no_space)
+    monkeypatch.setattr("os.fsync", no_space)
     with pytest.raises(OSError, match="No space"):
         demo[0].write(tmp_path)
     assert os.listdir(tmp_path) == ["results.json"]

@@ -212,14 +212,14 @@ class Killed(BaseException):
 class Fragile(Store):
     """Kills the process, as it were, right after or right before so many checkpoints were kept."""
 
-    def save(self, kind, key, name, tensors):
+    def save(self, kind, key, name, tensors, *, durable=True):
         left = self.folder / "left"
         count = int(left.read_text()) if name == trainings.CHECKPOINT else -1
         if name == trainings.CHECKPOINT:
             left.write_text(str(count - 1))
         if count == 0:
             raise Killed
-        super().save(kind, key, name, tensors)
+        super().save(kind, key, name, tensors, durable=durable)
 
 
 def weights(store, key, ending):

@@ -90,6 +90,10 @@ def test_it_measures_at_its_cadence_and_keeps_the_history(every, expected):
     assert [(made.samples, made.epoch) for made in monitor.history] == [(10 * step, step / 4) for step in expected]
     assert all(made.values == {"constant": 2.5} and made.standard_errors == {"constant": 0.5} for made in monitor.history)
     assert monitor.last.loss == pytest.approx(functional.cross_entropy(tiny()(PROBE[0][0]), PROBE[0][1]).item())
+    assert monitor.last.loss_rule == "cross-entropy on integer targets"
+    again = monitor_of(every=every)
+    again.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    assert again.history == monitor.history
 
 
 @pytest.mark.parametrize(("budget", "toll"), [(0.02, 0.5), (0.1, 3.0), (0.5, 10.0)])

@@ -269,17 +269,15 @@ def test_t9_a_gradient_that_is_not_finite_leaves_the_step_out(rule, form, where,
         calls.append(loss)
         return loss
 
-    with pytest.warns(RuntimeWarning, match="step 3 was left out"):
-        if form == "closure":
-            optimizer.step(overflowing)
-        else:
-            optimizer.zero_grad()
-            if rule.needs_gradient:
+    if form == "by hand":
+        optimizer.zero_grad()
+        if rule.needs_gradient:
+            overflowing()
+        for ascent in optimizer.ascents():
+            with ascent:
                 overflowing()
-            for ascent in optimizer.ascents():
-                with ascent:
-                    overflowing()
-            optimizer.step()
+    with pytest.warns(RuntimeWarning, match="step 3 was left out"):
+        optimizer.step(overflowing if form == "closure" else None)
     assert torch.equal(flat(model.parameters()), before)
     assert (optimizer.num_steps, optimizer.num_skipped) == (3, 1)
     optimizer.num_skipped = 0
@@ -409,9 +407,14 @@ def test_t14_by_hand_the_first_gradient_is_back():
     optimizer = aware(model, GSAM())
     Evaluation(model)()
     before, gradients = flat(model.parameters()), flat(p.grad for p in model.parameters())
-    with pytest.raises(KeyboardInterrupt), optimizer.perturbed():
-        Evaluation(model, batch(1))()
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with optimizer.perturbed():
+            Evaluation(model, batch(1))()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert torch.equal(flat(model.parameters()), before)
     assert torch.equal(flat(p.grad for p in model.parameters()), gradients)
     with pytest.raises(RuntimeError, match="nothing was evaluated uphill"):
@@ -497,8 +500,7 @@ def test_an_ascent_that_was_not_entered_is_told():
     optimizer = aware(model, SAM())
     Evaluation(model)()
     with pytest.raises(RuntimeError, match="was not entered"):
-        for _ in optimizer.ascents():
-            Evaluation(model)()
+        list(optimizer.ascents())
 
 
 @pytest.mark.parametrize(
@@ -831,7 +833,7 @@ def test_rho_per_group_as_a_plan_and_by_hand():
         optimizer.step()
     assert optimizer.param_groups[1]["rho"] == pytest.approx(0.3)
     optimizer.param_groups[0]["rho"] = -1.0
-    with pytest.raises(ValueError, match="not negative, got -1.0 in step 3"):
+    with pytest.raises(ValueError, match=r"not negative, got -1\.0 in step 3"):
         optimizer.step(lambda: (a.sum() + b.sum()).backward())
 
 

@@ -14,7 +14,8 @@ import torch
 from sharpness_plugins import Kind, MetricResult, Status, available_metrics, metric
 from sharpness_plugins import metrics as built_in
 from sharpness_plugins.registry import fresh_registry
-from sharpness_plugins.specs import INVARIANCES, check_types, metric_invariances
+from sharpness_plugins.schema import check_types
+from sharpness_plugins.specs import INVARIANCES, metric_invariances
 from sharpness_plugins.testing import ConformanceError, Verdict, check_metric
 
 OWN = (

@@ -16,6 +16,9 @@ from sharpness_plugins.texts import name_and_settings
         ("builtin:hessian_topk:k=3,which=LA", ("builtin:hessian_topk", {"k": 3, "which": "LA"})),
         ("builtin:hessian_topk", ("builtin:hessian_topk", {})),
         ("m:x=None,y=[1,{'a': 2}],z=a=b", ("m", {"x": None, "y": [1, {"a": 2}], "z": "a=b"})),
+        ("m:x='a,b',y=don't,z=\"1]\"", ("m", {"x": "a,b", "y": "don't", "z": "1]"})),
+        (r"m:x='it\'s, so',y='\\',z=3", ("m", {"x": "it's, so", "y": "\\", "z": 3})),
+        ("m:x={[]: 1}", ("m", {"x": "{[]: 1}"})),
     ],
 )
 def test_a_name_and_its_settings_as_text(text, parsed):

@@ -171,8 +171,10 @@ def attach(
 
 def _stepping(optimizer: Optimizer) -> Optimizer:
     """The one whose steps run hooks: Accelerate's wrapper, which looks like one, has no place for them."""
+    if not isinstance(optimizer, Optimizer) or hasattr(optimizer, "_optimizer_step_post_hooks"):
+        return optimizer
     inner = getattr(optimizer, "optimizer", None)
-    return inner if isinstance(inner, Optimizer) and not hasattr(optimizer, "_optimizer_step_post_hooks") else optimizer
+    return inner if isinstance(inner, Optimizer) else optimizer
 
 
 def _become(thing: object, kind: type) -> None:

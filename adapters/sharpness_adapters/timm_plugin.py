@@ -8,21 +8,32 @@ from typing import Any
 
 from sharpness_plugins import hookimpl
 
-__all__ = ["sharpness_open_checkpoint", "sharpness_resolve_loss", "task_loss"]
+__all__ = ["sharpness_open_checkpoint", "sharpness_resolve_loss", "sharpness_unwrap_model"]
 
 
 @hookimpl
 def sharpness_resolve_loss(model: Any, batch: Any) -> Callable[[Any, Any], Any] | None:
     """A ``timm.task.TrainingTask`` computes its loss itself."""
-    tasks = sys.modules.get("timm.task")
-    if tasks is None or not isinstance(model, tasks.TrainingTask) or not isinstance(batch, (tuple, list)):
+    if not _is_task(model) or not isinstance(batch, (tuple, list)):
         return None
+    from .timm_task import task_loss
+
     return task_loss
 
 
-def task_loss(model: Any, batch: Any) -> Any:
-    """The task's own loss, the mean over the batch."""
-    return model(*batch)["loss"]
+@hookimpl
+def sharpness_unwrap_model(model: Any) -> Any:
+    """What a task trains, without its teacher and its averaged model."""
+    if not _is_task(model):
+        return None
+    from .timm_task import bare_task
+
+    return bare_task(model)
+
+
+def _is_task(model: Any) -> bool:
+    tasks = sys.modules.get("timm.task")
+    return tasks is not None and isinstance(model, tasks.TrainingTask)
 
 
 @hookimpl

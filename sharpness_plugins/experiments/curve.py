@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import did_you_mean
 from ..plots import warm_start_plot
 from ..report import Kind
+from ..schema import ANY, check, read_json
 from .data import Split
 from .files import csv_text, write_results
 from .match import Match
@@ -408,10 +409,11 @@ class WarmStartCurve:
         """The inverse of ``to_dict``.
 
         Raises:
-            ValueError: ``data`` is not a curve, or of another version.
+            ValueError: ``data`` is not a curve, of another version, or damaged.
         """
         if not isinstance(data, Mapping) or data.get("schema_version") != SCHEMA_VERSION or "runs" not in data:
             raise ValueError(f"this is not a warm-start curve of schema version {SCHEMA_VERSION}")
+        check(data, _SHAPE, "the curve")
         s = data["settings"]
         settings = {**s, "match": Match.parse(s["match"]), "epochs": tuple(s["epochs"]), "seeds": tuple(s["seeds"])}
         runs = tuple(
@@ -424,12 +426,15 @@ class WarmStartCurve:
             )
             for run in data["runs"]
         )
-        return cls(WarmStartSettings(**settings), runs, data["versions"], data["seconds"])
+        made = cls(WarmStartSettings(**settings), runs, data["versions"], data["seconds"])
+        if not runs or any(len(run.points) != len(made.settings.epochs) for run in runs):
+            raise ValueError("the curve is damaged: it has no runs, or not one network for each of its epochs")
+        return made
 
     @classmethod
     def from_json(cls, text: str) -> WarmStartCurve:
-        """The inverse of ``to_json``."""
-        return cls.from_dict(json.loads(text))
+        """The inverse of ``to_json``. Raises as ``from_dict`` does, also for what is not JSON or too large."""
+        return cls.from_dict(read_json(text, "a warm-start curve"))
 
     def to_csv(self) -> str:
         """One row per network: the points, the small batch alone, and the large batch after as many epochs."""
@@ -493,3 +498,31 @@ def _against(name: str, paired: Paired) -> str:
     if paired.standard_error is not None:
         by += f"±{scale * paired.standard_error:.2g}"
     return f"{'higher' if sign > 0 else 'lower'} by {by}{unit} ({paired.count(sign)} of {paired.num_seeds} seeds)"
+
+
+_EVALUATION = {"loss": float, "accuracy": float}
+_SHAPE = {
+    "schema_version": int,
+    "settings": {
+        "small_batch": int,
+        "large_batch": int,
+        "epochs": [int],
+        "seeds": [int],
+        "match": str,
+        "check_every": int,
+        "max_steps": int,
+        "title": str,
+    },
+    "versions": {str: str},
+    "seconds": float,
+    "runs": [
+        {
+            "seed": int,
+            "points": [{str: ANY}],
+            "small": {str: ANY},
+            "equal_epochs": {str: ANY},
+            "iterates": [{"epochs": int, "train": _EVALUATION, "test": _EVALUATION}],
+        }
+    ],
+    ...: ANY,
+}

@@ -6,17 +6,18 @@ import contextlib
 import csv
 import io
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import files
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["csv_text", "versions", "write_atomically", "write_results"]
+__all__ = ["csv_text", "versions", "write_results"]
 
 
 def versions() -> dict[str, str]:
@@ -51,15 +52,5 @@ def write_results(
         figure.savefig(png, format="png", dpi=150)
         contents[name] = png.getvalue()
     for name, content in contents.items():
-        write_atomically(folder / name, content)
+        files.write(folder / name, content)
     return [folder / name for name in contents]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Complete or not at all, also when the process is killed meanwhile."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from torch import nn
 from .. import measure_sharpness
 from ..progress import ProgressListener
 from ..report import SharpnessReport
+from ..schema import ANY, check
 from .data import Split
 from .training import EVALUATION_BATCH, Evaluation, Training, evaluate
 
@@ -110,7 +111,14 @@ class Network:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Network:
-        """The inverse of ``to_dict``."""
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: ``data`` is something else, or damaged.
+        """
+        check(data, _NETWORK, "the network")
+        if not data["phases"]:
+            raise ValueError("the network.phases are empty, and a training has one at least")
         phases: list[dict[str, Any]] = [
             {key: math.inf if value is None else value for key, value in phase.items()} for phase in data["phases"]
         ]
@@ -122,6 +130,26 @@ class Network:
             Evaluation(**data["test"]),
             SharpnessReport.from_dict(data["report"]),
         )
+
+
+_EVALUATION = {"loss": float, "accuracy": float}
+_NETWORK = {
+    "seed": int,
+    "recipe": {"batch_size": int, "warm_epochs": int, "warm_batch": int},
+    "phases": [
+        {
+            "epochs": int,
+            "steps": int,
+            "samples": int,
+            "seconds": (float, None),
+            "epoch_loss": (float, None),
+            "reached_target": bool,
+        }
+    ],
+    "train": _EVALUATION,
+    "test": _EVALUATION,
+    "report": {str: ANY},
+}
 
 
 def measured(

@@ -13,7 +13,7 @@ from ..krylov_pass import KrylovNeed, KrylovPass, measure_alone
 from ..objective import Objective
 from ..operators import Curvature
 from ..report import Kind, MetricResult, Status
-from ..specs import check_types
+from ..schema import check_types
 from .claims import of_curvature
 
 __all__ = ["AdaptiveTopK", "GaussNewtonTopK", "topk_request", "topk_result"]

@@ -15,7 +15,7 @@ from ..maximizers import Maximizer, MultiStart, park, unpark
 from ..objective import Objective
 from ..regions import Box
 from ..report import MetricResult, Status
-from ..specs import check_types
+from ..schema import check_types
 from . import keskar, starts
 from .claims import OF_THE_BOX
 from .starts import Starts

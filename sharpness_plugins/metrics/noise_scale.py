@@ -19,7 +19,7 @@ from ..micro_batches import Part
 from ..noise_scale import NoiseScaleEstimate
 from ..objective import Objective
 from ..report import Kind, MetricResult, Status
-from ..specs import check_types
+from ..schema import check_types
 from .claims import of_curvature
 
 __all__ = ["POPULATIONS", "GradientNoiseScale"]
@@ -82,9 +82,9 @@ class GradientNoiseScale:
         groups = _Groups(objective, self.micro_batch_size or 1)
         with objective.session():
             _, gradient = objective.value_and_grad()
-            sums = DeviationSums(gradient, objective.num_samples, groups.total_weight)
+            sums = DeviationSums(gradient, objective.num_samples, groups.total_weight, objective.ranks)
             groups.sweep(sums.add)
-            sums.add_up(objective.ranks)
+            sums.add_up(groups.most_rows)
             if not math.isfinite(sums.residual):
                 return MetricResult.failed("the gradient of some sample is not finite")
             if sums.residual > _SAME[gradient.dtype]:
@@ -94,7 +94,7 @@ class GradientNoiseScale:
                 )
             if self.inner_product:
                 groups.sweep(sums.add_again)
-                sums.add_up_again(objective.ranks)
+                sums.add_up_again()
         estimate = sums.estimate()
         details = self._details(estimate, gradient, objective.num_samples, sums.num_groups, groups)
         if self.population == "samples":
@@ -155,7 +155,7 @@ class _Groups:
     def __init__(self, objective: Objective, size: int) -> None:
         self.size = size
         self._objective = objective
-        self._rows = max(1, min(_MOST_ROWS, _MOST_ELEMENTS // objective.dim))
+        self.most_rows = max(1, min(_MOST_ROWS, _MOST_ELEMENTS // objective.dim))
         self._one_by_one = ""  # why, where samples cannot be vectorized
         self._leaf = objective.origin.clone().requires_grad_()
 
@@ -187,7 +187,7 @@ class _Groups:
                 gradients, weights = self._of_samples(evaluator, part.batch)
                 sizes = torch.ones_like(weights)
             pending.append((gradients, sizes, weights))
-            if sum(len(rows) for rows, _, _ in pending) >= self._rows:
+            if sum(len(rows) for rows, _, _ in pending) >= self.most_rows:
                 flush()
 
         def flush() -> None:
@@ -201,7 +201,7 @@ class _Groups:
                     raise MemoryError(f"the gradients of {len(columns[0])} groups do not fit: {error}") from error
                 raise
 
-        self._objective.over_parts(self.size if self.size > 1 else self._rows, work)
+        self._objective.over_parts(self.size if self.size > 1 else self.most_rows, work)
         if pending:
             flush()
 

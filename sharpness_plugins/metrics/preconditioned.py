@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from .. import distributed
 from ..krylov_pass import KrylovNeed, KrylovPass
 from ..objective import Objective
 from ..operators import Curvature
 from ..report import MetricResult
-from ..specs import check_types
+from ..schema import check_types
 from .claims import of_curvature
 from .eigenpairs import topk_request, topk_result
 
@@ -200,7 +201,7 @@ def _preconditioner(optimizer: Optimizer, parameter: Tensor, group: dict[str, An
     state = optimizer.state[parameter]
     step = float(state["step"])
     beta1, beta2 = (float(beta) for beta in group["betas"])
-    square: Tensor = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].detach().double()
+    square = distributed.whole(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]).detach().double()
     bias: float = 1 - beta1**step
     denominator: Tensor = (square / (1 - beta2**step)).sqrt() + float(group["eps"])
     return denominator * bias

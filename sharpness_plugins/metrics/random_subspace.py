@@ -14,7 +14,7 @@ from ..maximizers import Ascent, Maximizer, MultiStart
 from ..objective import Objective
 from ..regions import Box, Subspace
 from ..report import Kind, MetricResult, Status
-from ..specs import check_types
+from ..schema import check_types
 from ..subspace import SignSubspace
 from . import keskar
 from .claims import OF_THE_BOX

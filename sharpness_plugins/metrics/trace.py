@@ -13,7 +13,7 @@ from ..krylov_pass import KrylovNeed, KrylovPass, measure_alone
 from ..objective import Objective
 from ..operators import Curvature, Operator
 from ..report import Kind, MetricResult, Status
-from ..specs import check_types
+from ..schema import check_types
 from ..traces import Estimate, Probes, hutch_pp, xtrace
 from .claims import of_curvature
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 
 from .. import distributed, sampling
 from ..accumulation import synchronized
+from .around import OptimizerAround
 from .buffers import Modules, buffers_of
 from .closures import BatchClosure, Closure
 from .making import Ascent, Making, State, Uphill
@@ -24,7 +24,6 @@ from .tensors import Sums, local
 __all__ = ["SharpnessAware"]
 
 VERSION = 1
-KEY = "sharpness_aware"
 FORMS = """\
     optimizer.step(closure)                # closure: loss = loss_fn(model, batch); loss.backward(); return loss
 or
@@ -35,7 +34,7 @@ or
     optimizer.step()"""
 
 
-class SharpnessAware(Optimizer):
+class SharpnessAware(OptimizerAround):
     """``base`` with the gradient that ``rule`` makes: SAM and its relatives around any first-order optimizer of torch.
 
     Parameter groups and state *are* those of ``base``, so learning-rate schedulers work on either. With a closure::
@@ -68,12 +67,12 @@ class SharpnessAware(Optimizer):
             with ascent:
                 replay_the_passes_of_this_step()
 
-    What the rule remembers, and the counters, move on when ``base`` has stepped, and stay where a ``GradScaler`` left the step
-    out. ``sharp.next_ascents`` says before a step whether its passes need to be kept for a replay at all.
+    What the rule remembers, and the counters, move on when ``base`` has stepped, and stay where a ``GradScaler`` left the
+    step out. ``sharp.next_ascents`` says before a step whether its passes need to be kept for a replay at all.
 
-    Micro-batches: ``step([closure, closure, ...])`` adds their gradients up, with one ascent for all; with ``m``, each has its
-    own, and a ``BatchClosure`` is cut into parts of ``m`` samples first, so that m depends neither on the batch nor on the
-    number of ranks.
+    Micro-batches: ``step([closure, closure, ...])`` adds their gradients up, with one ascent for all; with ``m``, each has
+    its own, and a ``BatchClosure`` is cut into parts of ``m`` samples first, so that m depends neither on the batch nor on
+    the number of ranks.
 
     A step whose gradients, first or last, are not finite is left out: the weights stay, ``num_skipped`` grows. Under a
     ``GradScaler`` that is the scaler's task, which finds the overflow of either pass in ``.grad``.
@@ -87,24 +86,27 @@ class SharpnessAware(Optimizer):
         interval: an ascent in each so-many-th step only; the others are those of ``base``.
         model: its buffers are put back after each pass but the first; None for all modules that hold one of the parameters.
         perturb: ``"global"``: all ranks ascend along the same gradient; ``"local"``: each along its own, which saves an
-            all-reduce. Under ``DistributedDataParallel`` closures are evaluated accordingly; by hand, the first pass of a
-            local ascent is made under ``no_sync``.
+            all-reduce for rules that use no first gradient but for the ascent, and makes what ``FSAM`` remembers differ
+            between ranks. Under ``DistributedDataParallel`` closures are evaluated accordingly; by hand, the first pass of
+            a local ascent is made under ``no_sync``.
         replay_rng: passes of a step draw the same random numbers (dropout masks) as its first one. By hand, call
             ``remember_rng()`` before the first pass.
         process_group: of ranks that hold different parameters each. Not needed for ``DTensor``, whose mesh tells.
-        scaler: a ``GradScaler``. ``step(closure)`` then steps through it (``scaler.update()`` remains yours). Rules that keep
-            gradients out of its sight need it in any case (``FSAM``, ``WSAM``).
+        scaler: a ``GradScaler``. ``step(closure)`` then steps through it (``scaler.update()`` remains yours). Rules that
+            keep gradients out of its sight need it in any case (``FSAM``, ``WSAM``).
         seed: of rules that draw.
     Attributes:
         num_steps: steps taken.
         num_skipped: steps left out because a gradient was not finite.
         surrogate_gap: see there.
-    Memory: a copy of the weights during an ascent; what the rule remembers; where it mixes gradients, the first one.
+    Memory: a copy of the weights, from the first ascent on; what the rule remembers; where it mixes gradients, the first one.
     Cost: ``gradients_per_step`` forward and backward passes; 28 bytes per parameter and ascent in float32, and 4 to see that
         the gradient is finite, for which the step waits once for the device.
     Raises:
         TypeError, ValueError: settings that do not fit together.
     """
+
+    _left_out = ("_modules", "_pending", "_rewind", "_room", "_scaler", "_group")
 
     def __init__(
         self,
@@ -122,7 +124,7 @@ class SharpnessAware(Optimizer):
         seed: int = 0,
     ) -> None:
         _check(base, rule, m, interval, perturb)
-        self.base, self.rule, self.m, self.interval = base, rule, m, interval
+        self.rule, self.m, self.interval = rule, m, interval
         self.perturb, self.replay_rng, self.seed = perturb, replay_rng, seed
         self.num_steps = self.num_skipped = 0
         self._rho: Rho = rule.default_rho if rho is None else rho
@@ -130,22 +132,19 @@ class SharpnessAware(Optimizer):
         self._state: State = {}
         self._gap: Any = None
         self._norm: Tensor | None = None
-        self._attach(model)
+        self._is_evaluating = False
+        super().__init__(base)
+        self._modules = Modules(model)
         self._complete_groups()
 
-    def _attach(self, model: nn.Module | None = None) -> None:
-        """What neither ``pickle`` nor ``deepcopy`` takes along."""
-        Optimizer.__setstate__(self, {})
-        self._modules = Modules(model)
+    def _attach(self) -> None:
+        super()._attach()
+        vars(self).setdefault("_scaler", None)
+        vars(self).setdefault("_group", None)
+        self._modules = Modules(None)
         self._pending: Making | None = None
         self._rewind: Callable[[], None] | None = None
-        me = weakref.ref(self)
-
-        def stepped(base: Optimizer, args: Any, kwargs: Any) -> None:
-            if (optimizer := me()) is not None:
-                optimizer._base_stepped()
-
-        self.base.register_step_post_hook(stepped)
+        self._room: dict[Tensor, Tensor] = {}
 
     def _complete_groups(self) -> None:
         for group in self.param_groups:
@@ -154,42 +153,20 @@ class SharpnessAware(Optimizer):
                 group["rho_is_own"] = False
             group.setdefault("rho_is_own", True)
 
-    # --- an optimizer like any other
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Those of ``base``, with ``"rho"``."""
-        return self.base.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """That of ``base``."""
-        return self.base.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """Those of ``base``."""
-        return self.base.defaults
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self.base.add_param_group(param_group)
+        super().add_param_group(param_group)
         self._complete_groups()
         self._modules.forget()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._pending = None
-        self.base.zero_grad(set_to_none)
+        """Give up the step in the making, too. Nothing in a closure that ``step`` evaluates: gradients may add up there."""
+        if not self._is_evaluating:
+            self._pending = None
+            super().zero_grad(set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of ``base``, and under ``"sharpness_aware"`` that of the rule; loads with ``weights_only=True``.
-
-        ``base`` alone loads it, too. Of a schedule of ρ given as a function it holds the current values only.
-        """
-        for hook in list(self._optimizer_state_dict_pre_hooks.values()):
-            hook(self)
+    def _own_state(self) -> dict[str, Any]:
         numbers = {parameter: number for number, parameter in enumerate(self._parameters(all_of_them=True))}
-        saved = self.base.state_dict()
-        saved[KEY] = {
+        return {
             "version": VERSION,
             "rule": type(self.rule).__name__,
             "settings": repr(self.rule),
@@ -200,53 +177,26 @@ class SharpnessAware(Optimizer):
                 for name, tensors in self._state.items()
             },
         }
-        for post in list(self._optimizer_state_dict_post_hooks.values()):
-            saved = post(self, saved) or saved
-        return saved
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was saved: bit for bit, in the same place of a plan.
+    def _check_own_state(self, own: Mapping[str, Any]) -> None:
+        if own["version"] > VERSION:
+            raise ValueError(f"the state has version {own['version']}, and this package reads {VERSION}: update it")
+        if own["rule"] != type(self.rule).__name__:
+            raise ValueError(f"the state is of {own['settings']}, and this optimizer has {self.rule!r}")
 
-        A state of ``base`` alone is taken, too: the rule begins anew then.
-
-        Raises:
-            ValueError: it is of another rule, or of a later version.
-        """
-        given = dict(state_dict)
-        for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
-            given = hook(self, given) or given
-        own = given.pop(KEY, None)
-        if own is not None:
-            if own["version"] > VERSION:
-                raise ValueError(
-                    f"the state has version {own['version']}, and this package knows up to {VERSION}: update it"
-                )
-            if own["rule"] != type(self.rule).__name__:
-                raise ValueError(f"the state is of {own['settings']}, and this optimizer has {self.rule!r}")
-        self.base.load_state_dict(given)
+    def _load_own_state(self, own: Mapping[str, Any] | None) -> None:
         self._complete_groups()
-        self._pending, self._rewind = None, None
+        self._pending = self._rewind = None
         self._state, self.num_steps, self.num_skipped = {}, 0, 0
-        if own is not None:
-            self.num_steps, self.num_skipped = own["num_steps"], own["num_skipped"]
-            parameters = self._parameters(all_of_them=True)
-            for name, tensors in own["state"].items():
-                self._state[name] = {
-                    parameters[number]: tensor.detach().to(local(parameters[number]).device, copy=True)
-                    for number, tensor in tensors.items()
-                }
-        for post in list(self._optimizer_load_state_dict_post_hooks.values()):
-            post(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_modules", "_pending", "_rewind", "_scaler", "_group", "step")
-        kept = {name: value for name, value in vars(self).items() if name not in left_out}
-        return {name: value for name, value in kept.items() if not name.startswith(("_optimizer_", "_zero_grad", "_warned"))}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._scaler = self._group = None
-        self._attach()
+        if own is None:
+            return
+        self.num_steps, self.num_skipped = own["num_steps"], own["num_skipped"]
+        parameters = self._parameters(all_of_them=True)
+        for name, tensors in own["state"].items():
+            self._state[name] = {
+                parameters[number]: tensor.detach().to(local(parameters[number]).device, copy=True)
+                for number, tensor in tensors.items()
+            }
 
     def __repr__(self) -> str:
         settings = "".join(
@@ -294,17 +244,12 @@ class SharpnessAware(Optimizer):
         Raises:
             RuntimeError: without a closure, and without an ascent before it.
         """
-        # torch's own wrapper of step() would run global hooks here, too, and base's does
-        for hook in list(self._optimizer_step_pre_hooks.values()):
-            if (changed := hook(self, (self, closure), {})) is not None:
-                args, kwargs = changed
-                closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        closure = self._before_step(closure)
         loss = self._step(closure)
-        for post in list(self._optimizer_step_post_hooks.values()):
-            post(self, (self, closure), {})
+        self._after_step(closure)
         return loss
 
-    step.hooked = True  # type: ignore[attr-defined]
+    step.hooked = True  # type: ignore[attr-defined]  # by _before_step and _after_step
 
     def _step(self, closure: Closure | Sequence[Closure] | None) -> Any:
         loss = None if closure is None else self.gradient(closure)
@@ -322,7 +267,7 @@ class SharpnessAware(Optimizer):
             )
         skipped = self.num_skipped
         if closure is not None and self._scaler is not None and self._scaler.is_enabled():
-            self._scaler.step(self.base)
+            self._scaler.step(_Unscaled(self.base))
             self.num_skipped += self._pending is not None and self.num_skipped == skipped
         elif self._is_finite():
             self.base.step()
@@ -374,8 +319,8 @@ class SharpnessAware(Optimizer):
         """
         if (self.rule.ascents, self.rule.every, self.interval) != (1, 1, 1):
             raise ValueError(
-                f"{self.rule!r} with interval={self.interval} does not make one ascent in each step, and a with-block cannot "
-                f"be left out or repeated. Write\n{FORMS}"
+                f"{self.rule!r} with interval={self.interval} does not make one ascent in each step, and a with-block "
+                f"cannot be left out or repeated. Write\n{FORMS}"
             )
         ascents = self.ascents(scale=scale)
         with next(ascents) as ascent:
@@ -389,10 +334,11 @@ class SharpnessAware(Optimizer):
 
         Args:
             scale: what the losses of this step are multiplied with; None for what the ``scaler`` says, or 1.
-            evaluated: whether a pass over the data came before, so that buffers have seen it; None for whether the rule needs
-                one. Adapters of trainers that have always made one say True.
+            evaluated: whether a pass over the data came before, so that buffers have seen it; None for whether the rule
+                needs one. Adapters of trainers that have always made one say True.
         Raises:
-            ValueError: ``m`` is set, for which each part needs its own first pass; ``replay_rng`` without ``remember_rng()``.
+            ValueError: ``m`` is set, for which each part needs its own first pass; ``replay_rng`` without
+                ``remember_rng()``.
             RuntimeError: one of them was not entered.
         """
         if self.m is not None:
@@ -446,6 +392,12 @@ class SharpnessAware(Optimizer):
         parameters = self._parameters()
         radii = self._radii()
         device = local(parameters[0]).device if parameters else torch.device("cpu")
+        if self.perturb == "local" and self._are_sharded:
+            raise ValueError(
+                'perturb="local" needs the gradient of one rank, and parameters that are sharded have the mean over all '
+                'ranks only. Use perturb="global"'
+            )
+        replicated = self._replicated
         return Making(
             rule=self.rule,
             parameters=parameters,
@@ -458,7 +410,9 @@ class SharpnessAware(Optimizer):
             undo=lambda: buffers_of(self._modules.holding(parameters)),
             rewind=None,
             group=self._group,
-            is_local=self._is_local and distributed.world_size() > 1,
+            is_local=bool(distributed.world_size() > 1 and (self.perturb == "local" or (self.m and replicated))),
+            room=self._room,
+            replicas=getattr(replicated[0], "process_group", None) if replicated else None,
         )
 
     def _finish(self, making: Making) -> None:
@@ -471,6 +425,7 @@ class SharpnessAware(Optimizer):
     def _evaluate(self, making: Making, parts: list[list[Closure]]) -> Any:
         """All passes of a step; the gradients of the last ascents add up in ``.grad``."""
         count, first, second = self.next_ascents, [], []
+        exchanges = self._are_sharded or not self._is_local  # sharded parameters have no gradient before
         for number, part in enumerate(parts, 1):
             is_last = number == len(parts)
             made = {parameter: parameter.grad for parameter in making.parameters}
@@ -480,14 +435,14 @@ class SharpnessAware(Optimizer):
             if self.rule.needs_gradient or not count:
                 for parameter in making.parameters:
                     parameter.grad = None
-                first += self._pass(part, exchanges=is_last if not count else not self._is_local)
+                first += self._pass(part, exchanges=exchanges if count else is_last)
                 making.evaluated = True
             else:
                 making.evaluated = False
             for ascent in range(count):
                 ends = ascent + 1 == count
                 with making.ascent(ascent, made if ends else None):
-                    losses = self._pass(part, exchanges=is_last if ends else not self._is_local)
+                    losses = self._pass(part, exchanges=is_last or self._are_sharded if ends else exchanges)
                 second += losses if ends else []
         self._rewind = None
         if first and second and None not in (*first, *second):
@@ -529,11 +484,20 @@ class SharpnessAware(Optimizer):
         parameters = [parameter for parameter in self._parameters() if parameter.grad is not None]
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
-        return bool(torch.isfinite(Sums([parameter.detach() for parameter in parameters], self._group).norm(dense)))
+        return Sums([parameter.detach() for parameter in parameters], self._group).are_finite(dense)
 
     @property
     def _is_local(self) -> bool:
         return self.perturb == "local" or self.m is not None
+
+    @property
+    def _replicated(self) -> list[nn.Module]:
+        """Modules whose gradients are averaged over ranks, and which can be told not to."""
+        return [module for module in self._modules.holding(self._parameters()) if hasattr(module, "no_sync")]
+
+    @property
+    def _are_sharded(self) -> bool:
+        return any(distributed.shard_groups(parameter) for parameter in self._parameters())
 
     def _parameters(self, *, all_of_them: bool = False) -> list[Tensor]:
         found = dict.fromkeys(parameter for group in self.param_groups for parameter in group["params"])
@@ -554,12 +518,23 @@ class SharpnessAware(Optimizer):
         return found if isinstance(found, Tensor) else None
 
     def _noise(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        shared = any(distributed.shard_groups(parameter) for parameter in self._parameters()) or self._group is not None
+        shared = self._are_sharded or self._group is not None
         generator = sampling.generator_for(self.seed, "ascent", self.num_steps, distributed.rank() if shared else 0)
         return [sampling.normal(weight.numel(), generator, weight).view(weight.shape) for weight in weights]
 
     def _devices(self) -> list[torch.device]:
         return list(dict.fromkeys(local(parameter).device for parameter in self._parameters()))
+
+
+class _Unscaled:
+    """An optimizer as a ``GradScaler`` sees it that unscales ``.grad`` and leaves steps out by itself.
+
+    Fused optimizers do that in their kernel, and the momentum of torch's fused SGD is whatever was in memory when its first
+    step is left out (torch 2.14).
+    """
+
+    def __init__(self, base: Optimizer) -> None:
+        self.param_groups, self.step = base.param_groups, base.step
 
 
 def _total(losses: Sequence[Any]) -> Any:

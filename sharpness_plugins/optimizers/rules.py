@@ -13,6 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..schema import check_types
+
 __all__ = [
     "ASAM",
     "FSAM",
@@ -48,7 +50,8 @@ class Step:
             ``Rule.state`` names. Entries that a hook assigns are kept if the step is taken; empty before the first.
         inner: inner product over all weights of all ranks that share them out, shape ``()``, float64.
         norm: Euclidean norm, likewise.
-        momentum: the base optimizer's running mean of gradients (``momentum_buffer``, ``exp_avg``), zeros where there is none.
+        momentum: the base optimizer's running mean of gradients (``momentum_buffer``, ``exp_avg``), zeros where there is
+            none.
         noise: standard normal numbers, other ones in each step, the same on each rank that holds the same weights.
     """
 
@@ -101,7 +104,7 @@ class Rule:
 
     @property
     def is_linear(self) -> bool:
-        """Whether gradients times ``c`` give ``c`` times the result and the same state, so that a rule need not know the scale
+        """Whether gradients times ``c`` give ``c`` times the result and the same state: such a rule need not know the scale
         of a ``GradScaler``."""
         return True
 
@@ -159,6 +162,7 @@ class ASAM(Rule):
     eta: float = 0.01
 
     def __post_init__(self) -> None:
+        check_types(self)
         _at_least("eta", self.eta, 0.0)
 
     def metric(self, step: Step) -> float:
@@ -176,6 +180,7 @@ class GSAM(Rule):
     alpha: float = 0.4
 
     def __post_init__(self) -> None:
+        check_types(self)
         _at_least("alpha", self.alpha, 0.0)
 
     def combine(self, step: Step) -> Tensors:
@@ -199,6 +204,7 @@ class WSAM(Rule):
     decoupled: bool = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.gamma < 1:
             raise ValueError(f"gamma must be in [0, 1), got {self.gamma}")
 
@@ -229,6 +235,7 @@ class FSAM(Rule):
     decay: float = 0.9
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {self.decay}")
 
@@ -237,7 +244,7 @@ class FSAM(Rule):
         return False
 
     def direction(self, step: Step) -> Tensors:
-        gradients: Tensors = times(step.gradients, 1 / step.scale)
+        gradients = times(step.gradients, 1 / step.scale)
         mean = step.state.get("mean")
         if mean is None:
             step.state["mean"] = gradients
@@ -261,6 +268,7 @@ class LookSAM(Rule):
     alpha: float = 0.7
 
     def __post_init__(self) -> None:
+        check_types(self)
         _at_least("k", self.k, 1)
         _at_least("alpha", self.alpha, 0.0)
 
@@ -274,9 +282,9 @@ class LookSAM(Rule):
             across = plus(step.second, times(step.gradients, along), -1.0)
             step.state["across"] = times(across, _ratio(torch.ones_like(along), step.norm(across)))
             return step.second
-        across = step.state["across"]
-        length = _ratio(self.alpha * step.norm(step.gradients), step.norm(across))
-        return plus(step.gradients, times(across, length), 1.0)
+        last = step.state["across"]
+        length = _ratio(self.alpha * step.norm(step.gradients), step.norm(last))
+        return plus(step.gradients, times(last, length), 1.0)
 
 
 @dataclass(frozen=True)
@@ -284,7 +292,8 @@ class MomentumSAM(Rule):
     """The gradient at ``w − ρ v/‖v‖`` with ``v`` the base optimizer's momentum: one gradient per step, as without it.
 
     The first step of all has no momentum, and is the base optimizer's.
-    Source: Becker et al., Momentum-SAM: Sharpness Aware Minimization without Computational Overhead, arXiv 2401.12033 (2024).
+    Source: Becker et al., Momentum-SAM: Sharpness Aware Minimization without Computational Overhead, arXiv 2401.12033
+        (2024).
     """
 
     default_rho: ClassVar[float] = 0.3
@@ -315,6 +324,7 @@ class KStepSAM(Rule):
     step: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         _at_least("k", self.k, 1)
         if self.step is not None and not 0 < self.step <= 1:
             raise ValueError(f"step must be in (0, 1], got {self.step}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,27 @@ class Sums:
             terms = [total.new_zeros(()), *(product.sum(dtype=torch.float64).to(self._device) for product in products)]
             total = total + distributed.sum_over_shards(torch.stack(terms).sum(), groups)
         return total
+
+    def are_finite(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether all numbers are, on all ranks. Waits for the device, once as a rule.
+
+        A sum is finite only if its terms are. One that is not may have overflowed, so its terms are looked at then.
+        """
+
+        def suspects(count: Callable[[Tensor], Tensor], of: Callable[[Tensor], Tensor] = Tensor.double) -> float:
+            total = torch.zeros((), dtype=torch.float64, device=self._device)
+            for groups, indices in self._parts.items():
+                found = [count(tensors[index]).to(self._device, torch.float64) for index in indices]
+                mine = of(torch.stack(found)).sum(dtype=torch.float64) if found else torch.zeros_like(total)
+                total = total + distributed.sum_over_shards(mine, groups)
+            return float(total)
+
+        def added_up(tensor: Tensor) -> Tensor:
+            return tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+        if suspects(added_up, lambda sums: ~torch.isfinite(sums)) == 0:
+            return True
+        return suspects(lambda tensor: (~torch.isfinite(tensor)).sum()) == 0
 
 
 def check_movable(weights: Sequence[Tensor], gradients: Sequence[Tensor], rho: Sequence[float]) -> None:

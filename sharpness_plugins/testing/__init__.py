@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .core import ConformanceError, ConformanceReport, Finding, Verdict
 from .metrics import check_metric
+from .rules import check_rule
 from .schedules import check_schedule
 
-__all__ = ["ConformanceError", "ConformanceReport", "Finding", "Verdict", "check_metric", "check_schedule"]
+__all__ = ["ConformanceError", "ConformanceReport", "Finding", "Verdict", "check_metric", "check_rule", "check_schedule"]

@@ -8,10 +8,10 @@ from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from typing import Any
 
-from ..specs import FunctionMetric, Metric, metric_settings
+from ..specs import FunctionMetric, Metric
 from .core import Violation
 
-__all__ = ["bad_values", "changed", "check_json"]
+__all__ = ["bad_fields", "bad_values", "changed", "check_json"]
 
 
 def check_json(value: Any, where: str) -> None:
@@ -27,18 +27,28 @@ def check_json(value: Any, where: str) -> None:
         raise Violation(f"{where} is a {type(value).__name__}, which a report keeps only as text")
 
 
-def bad_values(metric: Metric) -> Iterator[tuple[str, Any]]:
-    """Settings that hold a number or a word, with values that are neither."""
-    kinds: dict[str, str] = {one.name: str(one.type) for one in fields(metric) if one.init} if is_dataclass(metric) else {}
-    for name, value in metric_settings(metric).items():
-        words = kinds.get(name, "").replace("|", " ").split()
-        if isinstance(value, bool):
+def bad_values(metric: Any) -> Iterator[tuple[str, Any]]:
+    """Settings of a metric that hold a number or a word, with values that are neither."""
+    if isinstance(metric, FunctionMetric):
+        for name, value in metric.settings.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                yield name, "nonsense"
+                yield name, math.nan
+    elif is_dataclass(metric):
+        yield from bad_fields(metric)
+
+
+def bad_fields(settings: Any) -> Iterator[tuple[str, Any]]:
+    """The same of the fields of a dataclass."""
+    for one in fields(settings):
+        value, words = getattr(settings, one.name, None), str(one.type).replace("|", " ").split()
+        if not one.init or isinstance(value, bool):
             continue
         if isinstance(value, (int, float)) or (value is None and {"int", "float"} & set(words)):
-            yield name, "nonsense"
-            yield name, math.nan
-        elif isinstance(value, str) and not isinstance(metric, FunctionMetric):
-            yield name, "no such choice"
+            yield one.name, "nonsense"
+            yield one.name, math.nan
+        elif isinstance(value, str):
+            yield one.name, "no such choice"
 
 
 def changed(metric: Metric, name: str, value: Any) -> Metric:

@@ -194,7 +194,8 @@ class BatchSizeCallback(Attachable):
         """Trainer steps where the number of batches of the epoch so far is a multiple of the accumulation."""
         assert self.controller is not None
         batches = self.controller.samples % self._epoch_samples // self._per_batch
-        return batches % (plan.accumulation * self._first_accumulation) == 0
+        needed: int = plan.accumulation * self._first_accumulation
+        return batches % needed == 0
 
     def _state_dict(self) -> dict[str, Any]:
         if self.controller is None:

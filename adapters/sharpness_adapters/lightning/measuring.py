@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from functools import cached_property
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from sharpness_plugins.errors import PluginWarning
 from sharpness_plugins.monitor import Measurement, SharpnessMonitor, gradient_norm
 from sharpness_plugins.schedules import Progress
 
 from ..monitoring import Monitoring, values_of
+from .noise import NOISE, NoiseWatch
 from .probing import transferred_probe
 from .sam import SAMCallback
 from .sizes import BatchSizeCallback
-from .trainer import Groups, check_trainer, epoch_after
+from .trainer import Groups, check_trainer, epoch_after, is_last_of_group, samples_of
 
 __all__ = ["SharpnessCallback"]
 
@@ -31,7 +32,8 @@ class SharpnessCallback(Monitoring, Callback):
     so that ``ModelCheckpoint(monitor="sharpness/hessian_topk")`` and ``EarlyStopping`` find them.
 
     With them go ``gradient_norm``, the norm of the gradient that the last step took (with a ``SAMCallback`` of the first of
-    its two), the ``surrogate_gap`` of a ``SAMCallback``, and the ``noise_scale`` that a ``BatchSizeCallback`` looks at.
+    its two), the ``surrogate_gap`` of a ``SAMCallback``, and the ``gradient_noise_scale`` where ``noise_scale`` is set or a
+    ``BatchSizeCallback`` looks at it.
 
     Args:
         metrics: as for ``measure_sharpness``; a name may carry settings, ``"hessian_topk:k=1"``.
@@ -42,6 +44,8 @@ class SharpnessCallback(Monitoring, Callback):
         probe: batches or a loader to draw it from; None for the training loader's data set.
         csv, jsonl: files to append to.
         sinks: callables that are told of each measurement, on every rank.
+        noise_scale: whether to record ``gradient_noise_scale``, from the micro-batches and ranks of training, of which it
+            takes two: no further pass over data, two reads of each gradient.
         prefix: of the names that are logged, which also tells two of these callbacks apart in a checkpoint.
     Attributes:
         monitor: the ``SharpnessMonitor``; None before training.
@@ -49,11 +53,13 @@ class SharpnessCallback(Monitoring, Callback):
             aside where the user has a ``SharpnessCallback``.
     """
 
-    is_optional = False
-
-    @cached_property
-    def _groups(self) -> Groups:
-        return Groups()
+    def __init__(self, *args: Any, noise_scale: bool = False, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.noise_scale = noise_scale
+        self.is_optional = False
+        self._groups = Groups()
+        self._noise: NoiseWatch | None = None
+        self._in_hand = (0, 0.0)
 
     @property
     def state_key(self) -> str:
@@ -64,7 +70,10 @@ class SharpnessCallback(Monitoring, Callback):
         return self.is_optional and bool(given)
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        check_trainer(self, trainer, steps=False)
+        check_trainer(self, trainer, steps=self.noise_scale and stage == "fit")
+        for callback in trainer.callbacks:
+            if isinstance(callback, BatchSizeCallback):
+                callback.watches_noise |= self.noise_scale
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         if self._stands_aside(trainer):
@@ -72,6 +81,8 @@ class SharpnessCallback(Monitoring, Callback):
         if self._saved is None and trainer.global_step and self.monitor is not None:
             self._saved = self.state_dict()  # fit goes on where another fit of this trainer ended
         self._groups.begin(trainer)
+        if self.noise_scale and not any(isinstance(one, BatchSizeCallback) for one in trainer.callbacks):
+            self._noise = self._noise or NoiseWatch(trainer)
         try:
             self.monitor = self._monitor(trainer, pl_module, trainer.train_dataloader)
         except Exception as error:
@@ -82,10 +93,27 @@ class SharpnessCallback(Monitoring, Callback):
         if self._saved is not None:
             self.monitor.load_state_dict(self._saved["monitor"])
             self._groups.samples = float(self._saved["samples"])
+            if self._noise is not None and self._saved.get("noise") is not None:
+                self._noise.meter.load_state_dict(self._saved["noise"])
             self._saved = None
         if not self.monitor.history:  # whatever the budget: who monitors a value must find one
             progress = Progress(trainer.global_step, round(self._groups.samples), float(trainer.current_epoch), 0, 0)
             self.monitor.measure(progress)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._in_hand = batch_idx, samples_of(batch)
+
+    def on_before_backward(self, trainer: Any, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._noise is not None:
+            self._noise.before_backward(trainer, self._in_hand[1], 1 / trainer.accumulate_grad_batches)
+
+    def on_after_backward(self, trainer: Any, pl_module: LightningModule) -> None:
+        if self._noise is not None:
+            self._noise.after_backward(trainer, is_last=is_last_of_group(trainer, self._in_hand[0]))
+
+    def on_exception(self, trainer: Any, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._noise is not None:
+            self._noise.close()
 
     def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._groups.end_batch(trainer, batch) is not None and self.monitor is not None:
@@ -107,14 +135,18 @@ class SharpnessCallback(Monitoring, Callback):
     def state_dict(self) -> dict[str, Any]:
         if self.monitor is None:
             return self._saved or {}
-        return {"monitor": self.monitor.state_dict(), "samples": self._groups.samples}
+        noise = None if self._noise is None else self._noise.meter.state_dict()
+        return {"monitor": self.monitor.state_dict(), "samples": self._groups.samples, "noise": noise}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = dict(state_dict) or None
 
     def _monitor(self, trainer: Any, module: LightningModule, loader: Any) -> SharpnessMonitor:
         probe = transferred_probe(trainer, module, loader if self.probe is None else self.probe, self.num_samples, self.seed)
-        return self._make_monitor(module, probe, _LoggerSink(trainer, self.prefix), _free_signals(trainer, module))
+        signals = _free_signals(trainer, module)
+        if (noise := self._noise) is not None:
+            signals[NOISE] = lambda: noise.signal(trainer.global_step, round(self._groups.samples))
+        return self._make_monitor(module, probe, _LoggerSink(trainer, self.prefix), signals)
 
     def _measure_if_due(self, trainer: Any, epoch: float) -> None:
         assert self.monitor is not None
@@ -155,5 +187,5 @@ def _free_signals(trainer: Any, module: LightningModule) -> dict[str, Any]:
             found["surrogate_gap"] = callback.gap_over_ranks
             found["gradient_norm"] = lambda sam=callback: sam.gradient_norm
         if isinstance(callback, BatchSizeCallback):
-            found["noise_scale"] = callback.noise_scale
+            found[NOISE] = callback.noise_scale
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,13 +13,14 @@ from torch.utils.data import BatchSampler, Sampler
 from sharpness_plugins import distributed
 from sharpness_plugins.accumulation import Accumulation
 from sharpness_plugins.controller import BatchChange, BatchController, as_schedule
-from sharpness_plugins.noise_scale import SIGNALS, NoiseScaleMeter
-from sharpness_plugins.schedules import BatchSchedule, Plan, plan
+from sharpness_plugins.noise_scale import SIGNALS
+from sharpness_plugins.schedules import BatchSchedule, Plan, Signal, plan
 
 from ..lightning_step import training_step_loss
+from .noise import NoiseWatch
 from .probing import transferred_probe
 from .steps import total_steps
-from .trainer import Groups, check_trainer, epoch_after, samples_of, scale_of
+from .trainer import Groups, check_trainer, epoch_after, is_last_of_group, samples_of
 
 __all__ = ["BatchSizeCallback", "SharedBatchSampler"]
 
@@ -68,6 +68,7 @@ class BatchSizeCallback(Callback):
     Attributes:
         controller: the ``BatchController``; None before training.
         weights: of the micro-batches of the last group, by index in the epoch, where they are weighted.
+        watches_noise: whether the gradient noise scale is looked at even if the schedule does not ask.
     Raises:
         ValueError: from ``fit``, where ``accumulate_grad_batches`` is set already, or the loader does not follow.
     """
@@ -102,9 +103,9 @@ class BatchSizeCallback(Callback):
         self._groups = Groups()
         self._saved: dict[str, Any] | None = None
         self._in_hand = (0, 0.0)
-        self._meter: NoiseScaleMeter | None = None
+        self.watches_noise = False
+        self._noise: NoiseWatch | None = None
         self._given: tuple[int, int] | None = None
-        self._stack = contextlib.ExitStack()
 
     # --- what the user asks
 
@@ -146,11 +147,11 @@ class BatchSizeCallback(Callback):
             multiple=self.multiple,
         )
 
-    def noise_scale(self) -> Any:
-        """The gradient noise scale where the schedule looks at it; None else."""
-        if self._meter is None or self.controller is None:
+    def noise_scale(self) -> Signal | None:
+        """The gradient noise scale where the schedule, or a ``SharpnessCallback``, looks at it; None else."""
+        if self._noise is None or self.controller is None:
             return None
-        return self._meter.signal("gradient_noise_scale", self.controller.step, self.controller.samples)
+        return self._noise.signal(self.controller.step, self.controller.samples)
 
     # --- Lightning's hooks, in the order that they are called
 
@@ -227,19 +228,17 @@ class BatchSizeCallback(Callback):
             self.weights[batch_idx] = weight
             if weight * accumulation != 1 and loss.requires_grad:  # Lightning has divided by the accumulation
                 loss.register_hook(lambda gradient: gradient * (weight * accumulation))  # type: ignore[no-untyped-call]
-        if self._meter is not None:
-            self._stack.enter_context(self._meter.micro_batch(num_samples, weight=weight * scale_of(trainer)))
+        if self._noise is not None:
+            self._noise.before_backward(trainer, num_samples, weight)
 
     def on_after_backward(self, trainer: Any, pl_module: LightningModule) -> None:
-        self._stack.close()
-        if not self._is_last_of_group(trainer):
-            return
-        if trainer.accumulate_grad_batches > 1:
+        is_last = is_last_of_group(trainer, self._in_hand[0])
+        if is_last and trainer.accumulate_grad_batches > 1:
             total = distributed.sum_of(sum(self.weights.values())) / distributed.world_size()
             self._accumulation.finish()
             self.weights = {index: weight / total for index, weight in self.weights.items()}
-        if self._meter is not None:
-            self._meter.step(grad_scale=scale_of(trainer))
+        if self._noise is not None:
+            self._noise.after_backward(trainer, is_last=is_last)
 
     def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert self.controller is not None
@@ -276,7 +275,8 @@ class BatchSizeCallback(Callback):
     # --- how
 
     def _leave(self, trainer: Any) -> None:
-        self._stack.close()
+        if self._noise is not None:
+            self._noise.close()
         if self.controller is not None:
             self.controller.detach()
         if self._given is not None:
@@ -296,13 +296,9 @@ class BatchSizeCallback(Callback):
         if len(trainer.optimizers) != 1:
             raise ValueError(f"BatchSizeCallback follows one optimizer, and there are {len(trainer.optimizers)}")
         (optimizer,) = trainer.optimizers
-        several = trainer.world_size > 1
         names = {*self.schedule.signals, *(["gradient_noise_scale"] if self.coupling == "adascale" else [])}
-        if names & set(SIGNALS):
-            self._meter = NoiseScaleMeter(
-                [parameter for group in optimizer.param_groups for parameter in group["params"]],
-                sum_over_ranks=distributed.sum_over_ranks if several else None,
-            )
+        if self.watches_noise or names & set(SIGNALS):
+            self._noise = NoiseWatch(trainer)
         controller = BatchController(
             self.schedule,
             optimizer,
@@ -310,7 +306,7 @@ class BatchSizeCallback(Callback):
             coupling=self.coupling,
             probe=_LazyProbe(self, trainer, module),
             loss_fn=self.loss_fn or training_step_loss,
-            meter=self._meter,
+            meter=None if self._noise is None else self._noise.meter,
             seed=self.seed,
             budget=self.budget,
             budget_in=self.budget_in,
@@ -352,11 +348,6 @@ class BatchSizeCallback(Callback):
                 "train_dataloader() does not use batch_size of its datamodule or module. Let it, or use "
                 "batch_sampler=callback.batch_sampler(...), or mode='accumulate'."
             )
-
-    def _is_last_of_group(self, trainer: Any) -> bool:
-        behind = self._in_hand[0] + 1
-        is_whole = behind % trainer.accumulate_grad_batches == 0
-        return is_whole or bool(trainer.is_last_batch) or behind == trainer.num_training_batches
 
 
 class _LazyProbe:

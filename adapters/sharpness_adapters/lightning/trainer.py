@@ -12,7 +12,7 @@ from sharpness_plugins.batches import count_samples
 from ..sharded import sentence
 
 SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
-__all__ = ["Groups", "check_trainer", "epoch_after", "samples_of", "scale_of", "scaler_of"]
+__all__ = ["Groups", "check_trainer", "epoch_after", "is_last_of_group", "samples_of", "scale_of", "scaler_of"]
 
 
 def check_trainer(owner: Callback, trainer: Any, *, steps: bool = True) -> None:
@@ -73,6 +73,13 @@ def epoch_after(trainer: Any, batch_idx: int) -> float:
     if trainer.is_last_batch or batch_idx + 1 == batches:
         return epoch + 1.0
     return epoch + (batch_idx + 1) / batches  # batches may be infinite
+
+
+def is_last_of_group(trainer: Any, batch_idx: int) -> bool:
+    """Whether the optimizer steps upon this micro-batch."""
+    behind = batch_idx + 1
+    is_whole = behind % trainer.accumulate_grad_batches == 0
+    return is_whole or bool(trainer.is_last_batch) or behind == trainer.num_training_batches
 
 
 def scaler_of(trainer: Any) -> Any:

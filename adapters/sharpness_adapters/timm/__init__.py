@@ -16,8 +16,9 @@ from .versions import check_version
 missing_dependency("timm", extra="timm", purpose="sharpness_adapters.timm")
 check_version()
 
+from ..timm_task import bare_task  # noqa: E402
 from .arguments import check_optimizer_name  # noqa: E402
-from .measuring import Settings, TaskMonitor, bare_task  # noqa: E402
+from .measuring import Settings, TaskMonitor  # noqa: E402
 from .second_pass import SecondPass, register_optimizers, second_pass_of  # noqa: E402
 
 __all__ = [

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +24,11 @@ from sharpness_plugins.registry import get_metric
 from sharpness_plugins.schedules import Duration, Progress
 from sharpness_plugins.texts import name_and_settings
 
-from ..timm_plugin import task_loss
+from ..timm_task import bare_task, task_loss
 from .recording import Call, Recorder, unnoticed
 from .second_pass import second_pass_of
 
-__all__ = ["STATE", "Settings", "TaskMonitor", "bare_task", "measured"]
+__all__ = ["STATE", "Settings", "TaskMonitor", "measured"]
 
 STATE = "sharpness"
 """The key under which the first parameter group keeps our state, so that the checkpoints of any trainer hold it."""
@@ -95,21 +93,12 @@ class Settings:
 
 
 def _log(made: Measurement) -> None:
+    if distributed.rank() != 0:
+        return
     values = "  ".join(f"{name}: {value:.4g}" for name, value in made.values.items())
     _logger.info(f"Sharpness: step {made.step}  {values}  ({made.seconds:.1f}s)")
     for name, note in made.notes.items():
         _logger.warning(f"Sharpness: {name} at step {made.step}: {note}")
-
-
-def bare_task(task: TrainingTask) -> TrainingTask:
-    """The same task without DDP, compilation and hooks; its parameters are those that are trained, not a teacher's."""
-    bare = copy.copy(task)
-    bare.__dict__.update({name: OrderedDict() for name, held in vars(task).items() if _is_hooks(name, held)})
-    if (module := task.get_trainable_module()) is not task and isinstance(module, nn.Module):
-        bare.__dict__.update(task._modules)  # attributes, but no submodules: a teacher, the averaged model
-        del bare.__dict__["trainable_module"]
-        bare._modules = {"trainable_module": unwrap(module)[0]}
-    return bare
 
 
 def measured(task: TrainingTask) -> dict[str, Any]:
@@ -134,16 +123,12 @@ def _cross_entropy(task: TrainingTask) -> nn.CrossEntropyLoss | None:
     return criterion if type(criterion) is nn.CrossEntropyLoss else None
 
 
-def _is_hooks(name: str, held: Any) -> bool:
-    return "_hooks" in name and isinstance(held, dict)
-
-
 class TaskMonitor:
     """Counts the steps of the optimizer that a task trains with, and measures the task when it is due.
 
-    Found by itself: the first task that is called, the first optimizer that has parameters of it. It measures on rank 0,
-    on the model without its wrappers, so that no rank waits in a collective for another. The state lies in the
-    optimizer's first parameter group, which checkpoints hold and ``load_state_dict`` brings back.
+    Found by itself: the first task that is called, the first optimizer that has parameters of it. The ranks measure
+    together, at the same steps, on the model without its wrappers. The state lies in the optimizer's first parameter group,
+    which checkpoints hold and ``load_state_dict`` brings back.
 
     Args:
         probe: what to measure on; None for the first batches of training, as augmented and mixed as they were.
@@ -205,9 +190,7 @@ class TaskMonitor:
         optimizer.param_groups[0].setdefault(STATE, {}).update(
             step=self.step, samples=self.samples, base_batch_size=self.base_batch_size
         )
-        measures = bool(self._metrics) and distributed.rank() == 0  # not known before training, as ranks come after imports
-        self._recorder.keep_inputs &= measures
-        if not measures or not self._has_probe(calls):
+        if not self._metrics or not self._has_probe(calls):
             return
         if self.monitor is None:
             self._open(optimizer, task)
@@ -221,19 +204,24 @@ class TaskMonitor:
         return optimizer is self._optimizer
 
     def _has_probe(self, calls: Sequence[Call]) -> bool:
-        """Whether there is one; until then the batches of training are put aside."""
+        """Whether there is one; until then each rank's batches of training are put aside."""
+        if self._probe_samples == math.inf:
+            return True
+        ranks = distributed.world_size()
         while calls and self._probe_samples < self.settings.num_samples:
             call, *calls = calls
             self._probe.append(map_tensors(call.args, _aside))
-            self._probe_samples += call.num_samples
-        self._recorder.keep_inputs = self._probe_samples < self.settings.num_samples
-        return not self._recorder.keep_inputs
+            self._probe_samples += call.num_samples * ranks
+        if not distributed.from_rank_zero(self._probe_samples >= self.settings.num_samples):
+            return False
+        self._probe_samples, self._recorder.keep_inputs = math.inf, False
+        return True
 
     def _open(self, optimizer: Optimizer, task: TrainingTask) -> None:
         # of the step that was just taken: clipped, and SAM's, where there is such
         signals: dict[str, Reading] = {"gradient_norm": gradient_norm(optimizer)}
         if (second_pass := second_pass_of(optimizer)) is not None:
-            signals["surrogate_gap"] = second_pass.surrogate_gap
+            signals["surrogate_gap"] = lambda: _over_ranks(second_pass.surrogate_gap())
         self.monitor = SharpnessMonitor(
             probe=self._probe,
             metrics=self._metrics,
@@ -259,6 +247,11 @@ class TaskMonitor:
 
 def _aside(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
+
+
+def _over_ranks(gap: float | None) -> float | None:
+    """The mean; all of them come here, as all of them step."""
+    return None if gap is None else distributed.sum_of(gap) / distributed.world_size()
 
 
 def _counts_epochs(every: str) -> bool:

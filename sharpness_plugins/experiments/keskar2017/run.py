@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import versions, write_atomically
+from ... import files
+from ..files import versions
 from ..lines import ALPHAS, LINES, along_line
 from . import measurements
 from .findings import sentences, thresholds
@@ -137,8 +138,8 @@ def reproduce(
             return None
         record = work.record(command)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "timings.json", json.dumps(work.seconds, indent=1).encode())
-    write_atomically(folder / "record.json", record.to_json().encode())
+    files.write(folder / "timings.json", json.dumps(work.seconds, indent=1))
+    files.write(folder / "record.json", record.to_json())
     return record
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..files import write_atomically
+from ... import files
 
 __all__ = ["Store", "key_of"]
 
@@ -47,10 +47,11 @@ class Store:
         text = json.dumps({"config": config, **found}, indent=1, allow_nan=False)
         self._write(self.place(kind, key) / "done.json", text.encode())
 
-    def save(self, kind: str, key: str, name: str, tensors: Mapping[str, Any]) -> None:
+    def save(self, kind: str, key: str, name: str, tensors: Mapping[str, Any], *, durable: bool = True) -> None:
+        """``durable``: see ``files.write``."""
         content = io.BytesIO()
         torch.save(dict(tensors), content)
-        self._write(self.place(kind, key) / name, content.getvalue())
+        self._write(self.place(kind, key) / name, content.getvalue(), durable=durable)
 
     def load(self, kind: str, key: str, name: str) -> dict[str, Any] | None:
         """On the CPU, without running code from the file; None where there is none that can be read."""
@@ -66,6 +67,6 @@ class Store:
     def remove(self, kind: str, key: str, name: str) -> None:
         (self.place(kind, key) / name).unlink(missing_ok=True)
 
-    def _write(self, path: Path, content: bytes) -> None:
+    def _write(self, path: Path, content: bytes, *, durable: bool = True) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
+        files.write(path, content, durable=durable)

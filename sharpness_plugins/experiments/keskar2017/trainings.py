@@ -150,7 +150,7 @@ class _Trained:
         if self.device.type == "cuda":
             states["cuda_generator"] = torch.cuda.get_rng_state(self.device)
         kept = {"run": run.state_dict(), "history": self.history, "stops": self.stops, **states}
-        self.store.save(KIND, self.key, CHECKPOINT, kept)
+        self.store.save(KIND, self.key, CHECKPOINT, kept, durable=False)  # one an epoch, be it of 10 ms
 
     def _stop(self, run: Run, ending: Ending, *, ended: bool) -> None:
         self.store.save(KIND, self.key, file_of(str(ending)), run.model.state_dict())
