@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["csv_text", "versions", "write_results"]
+__all__ = ["csv_text", "versions", "write_atomically", "write_results"]
 
 
 def versions() -> dict[str, str]:
@@ -51,11 +51,11 @@ def write_results(
         figure.savefig(png, format="png", dpi=150)
         contents[name] = png.getvalue()
     for name, content in contents.items():
-        _write_atomically(folder / name, content)
+        write_atomically(folder / name, content)
     return [folder / name for name in contents]
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
