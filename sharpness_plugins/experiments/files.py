@@ -56,6 +56,7 @@ def write_results(
 
 
 def write_atomically(path: Path, content: bytes) -> None:
+    """Complete or not at all, also when the process is killed meanwhile."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
