@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from ...files import csv_text
 from ...training import Evaluation
 from ..record import Condition, Record, TrainedNetwork
-from .agreement import Claim
 from .published import PAPER
 from .reading import MOVED, Reading, count_above, share_within
+from .verdicts import Claim
 
 __all__ = ["Dataset", "all_datasets"]
 
@@ -31,7 +31,7 @@ class Dataset:
 
     @property
     def csv(self) -> str:
-        """Floats as ``repr`` writes them, so they come back exactly; what is not finite as ``nan``, what is not there empty."""
+        """Floats as ``repr`` writes them, so they come back exactly; ``nan`` is not finite, and empty is not there."""
         return csv_text(self.head, self.rows)
 
 

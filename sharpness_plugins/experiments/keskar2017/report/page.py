@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from html import escape
 
 from ..record import Problem
-from .agreement import Agreement, Claim
 from .datasets import Dataset
 from .drawing import Rendered
 from .guide import CAUTIONS, HOW_TO_READ
 from .published import PAPER_URL
-from .reading import Reading
-from .remarks import answer, checks, missing
+from .reading import Reading, words_of
+from .remarks import answer, checks, count_of_agreement, missing
 from .style import CSS
 from .tables import Table
+from .verdicts import Agreement, Claim
 
 __all__ = ["Contents", "page"]
 
@@ -52,27 +52,46 @@ class _Section:
 
 
 SECTIONS = (
-    _Section("tables", "The paper's tables", ("table2", "table3", "table4"), ("table3",), "Tables 2 to 4 need the studies protocol or matched loss."),
     _Section(
-        "line", "Figure 3: between the two minima", (), ("figure3",), "No line between two minima is in the record.",
+        "tables",
+        "The paper's tables",
+        ("table2", "table3", "table4"),
+        ("table3",),
+        "Tables 2 to 4 need the studies protocol or matched loss.",
+    ),
+    _Section(
+        "line",
+        "Figure 3: between the two minima",
+        (),
+        ("figure3",),
+        "No line between two minima is in the record.",
         "Both axes of the paper's figure; the ends are the two trained networks.",
     ),
     _Section("sizes", "Figure 4: batch sizes", (), ("figure4",), "Figure 4 needs the study batch sizes."),
     _Section("warm", "Figure 5: the warm start", ("figure5",), ("figure5",), "Figure 5 needs the study warm start."),
     _Section("loss", "Figure 6: sharpness against loss", (), ("figure6",), "Figure 6 needs trainings that were watched."),
     _Section(
-        "spectrum", "Eigenvalues: large against near zero", ("counts",), ("density",), "The Hessian was measured on no network at equal loss.",
-        "The paper defines a sharp minimum by many large positive eigenvalues of the Hessian and a flat one by many small ones, and "
+        "spectrum",
+        "Eigenvalues: large against near zero",
+        ("counts",),
+        ("density",),
+        "The Hessian was measured on no network at equal loss.",
+        "The paper defines a sharp minimum by many large positive eigenvalues of the Hessian and a flat one by many "
+        "small ones, and "
         "measures neither. Here are both.",
     ),
     _Section("cone", "Not a cone", ("cone",), ("cone",), "No directions were tried."),
     _Section("distances", "Distances from the start", ("distances",), ("distances",), "No distances are in the record."),
     _Section("remedies", "Remedies", ("remedies",), ("remedies",), "The study remedies was not run."),
     _Section(
-        "controls", "Controls that the paper lacks", ("controls",), ("controls",), "No control was run beside the protocol.",
+        "controls",
+        "Controls that the paper lacks",
+        ("controls",),
+        ("controls",),
+        "No control was run beside the protocol.",
         "The paper holds the recipe equal, and with it neither the loss nor the number of steps. Sharpness depends on both.",
     ),
-)  # fmt: skip
+)
 
 
 def page(contents: Contents) -> str:
@@ -94,8 +113,11 @@ def page(contents: Contents) -> str:
     links = "".join(f'<li><a href="#{key}">{escape(name)}</a></li>' for key, name in anchors)
     parts = [
         f'<header><h1>{escape(title)}</h1><p class="answer">{escape(" ".join(answer(reading, contents.claims)))}</p>',
-        f'<p>The paper: N. S. Keskar, D. Mudigere, J. Nocedal, M. Smelyanskiy, P. T. P. Tang, “On Large-Batch Training for Deep '
-        f'Learning: Generalization Gap and Sharp Minima”, ICLR 2017, <a href="{PAPER_URL}">arXiv 1609.04836</a>.</p></header>',
+        f"<p>{escape(count_of_agreement(contents.claims))}</p>",
+        "<p>The paper: N. S. Keskar, D. Mudigere, J. Nocedal, M. Smelyanskiy, P. T. P. Tang, “On Large-Batch "
+        "Training for "
+        "Deep Learning: Generalization Gap and Sharp Minima”, ICLR 2017, "
+        f'<a href="{PAPER_URL}">arXiv 1609.04836</a>.</p></header>',
         f'<nav aria-label="Contents"><ul>{links}</ul></nav><main>',
         _agreement(contents.claims, reading),
         _run(reading),
@@ -122,7 +144,7 @@ def _agreement(found: Sequence[Claim], reading: Reading) -> str:
         css, mark = MARKS[claim.agrees]
         verdict = f'<span class="verdict {css}"><span aria-hidden="true">{mark}</span> {escape(str(claim.agrees))}</span>'
         reason = f'<span class="reason">{escape(claim.reason)}</span>' if claim.reason else ""
-        rule = f'<span class="rule">Agrees if {escape(claim.rule)}.</span>'
+        rule = f'<span class="rule">Rule: {escape(claim.rule)}.</span>'
         rows.append(
             f'<tr id="claim-{escape(claim.key)}"><th scope="row"><span class="where">{escape(claim.where)}</span>'
             f"{escape(_capital(claim.short))}</th>"
@@ -131,8 +153,8 @@ def _agreement(found: Sequence[Claim], reading: Reading) -> str:
         )
     head = "".join(f'<th scope="col">{name}</th>' for name in ("Claim", "Paper", "Here", "Agrees?"))
     table = (
-        '<div class="scroll"><table class="agreement"><caption>What the paper says, what was found, and whether it agrees by '
-        f"the rule given</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        '<div class="scroll"><table class="agreement"><caption>What the paper says, what was found, and whether it agrees '
+        f"by the rule given</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
     lacking = missing(reading)
     said = f"<h3>What is missing</h3>{_bullets(lacking)}" if lacking else ""
@@ -146,14 +168,16 @@ def _run(reading: Reading) -> str:
         lines.append(("Network and data" if key == "main" else f"For {key.replace('_', ' ')}", _problem(problem)))
     lines.append(("Seeds", ", ".join(map(str, record.seeds)) or "none"))
     for study, roles in record.studies.items():
-        told = "; ".join(f"{role}: {condition}" for role, condition in roles.items())
+        told = "; ".join(f"{role}: {words_of(condition)}" for role, condition in roles.items())
         lines.append((study.replace("_", " ").capitalize(), told))
     lines.append(("Versions", ", ".join(f"{name} {number}" for name, number in record.versions.items()) or "not recorded"))
     described = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in lines)
     settings = escape(json.dumps(record.settings, indent=1, ensure_ascii=False, sort_keys=True, default=str))
     inside = (
-        f"<p>This command gives the same numbers on the same machine with the same versions:</p><pre><code>{escape(record.command)}"
-        f"</code></pre><dl>{described}</dl><details><summary>All settings</summary><pre><code>{settings}</code></pre></details>"
+        "<p>This command gives the same numbers on the same machine with the same "
+        f"versions:</p><pre><code>{escape(record.command)}"
+        f"</code></pre><dl>{described}</dl><details><summary>All "
+        f"settings</summary><pre><code>{settings}</code></pre></details>"
     )
     consistent = checks(reading)
     if consistent:
@@ -162,10 +186,16 @@ def _run(reading: Reading) -> str:
 
 
 def _problem(problem: Problem) -> str:
-    norm = {"none": "no BatchNorm", "batch": "BatchNorm with batch statistics", "running": "BatchNorm with running statistics"}
+    norm = {
+        "none": "no BatchNorm",
+        "batch": "BatchNorm with batch statistics",
+        "running": "BatchNorm with running statistics",
+    }
     return (
-        f"{problem.network}: {problem.description}, {problem.dim:,} weights, {norm.get(problem.batch_norm, problem.batch_norm)}; "
-        f"{problem.data}, {problem.num_train:,} training and {problem.num_test:,} test samples, {problem.num_classes} classes "
+        f"{problem.network}: {problem.description}, {problem.dim:,} weights, "
+        f"{norm.get(problem.batch_norm, problem.batch_norm)}; "
+        f"{problem.data}, {problem.num_train:,} training and {problem.num_test:,} test samples, "
+        f"{problem.num_classes} classes "
         f"(SHA-256 of the first seed's tensors: {problem.checksum[:16]}…)"
     )
 
@@ -183,15 +213,15 @@ def _section(section: _Section, contents: Contents) -> str:
 def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
     rows = "".join(
-        f'<tr{" class=" + chr(34) + "paper" + chr(34) if row[0].startswith("paper") else ""}><th scope="row">{escape(row[0])}</th>'
+        f'<tr class="{"paper" if row[0].startswith("paper") else "here"}"><th scope="row">{escape(row[0])}</th>'
         + "".join(f'<td class="number">{escape(cell)}</td>' for cell in row[1:])
         + "</tr>"
         for row in table.rows
     )
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
     return (
-        f'<div class="scroll"><table id="{escape(table.name)}"><caption>{escape(table.caption)}</caption><thead><tr>{head}</tr>'
-        f"</thead><tbody>{rows}</tbody></table></div>{notes}"
+        f'<div class="scroll"><table id="{escape(table.name)}"><caption>{escape(table.caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{notes}"
     )
 
 
@@ -199,7 +229,8 @@ def _figure(rendered: Rendered) -> str:
     drawing = rendered.drawing
     links = ", ".join(f'<a href="figures/{drawing.name}.{kind}">{kind.upper()}</a>' for kind in ("pdf", "png"))
     return (
-        f'<figure id="figure-{escape(drawing.name)}"><h3>{escape(drawing.title)}</h3><div class="scroll">{rendered.svg}</div>'
+        f'<figure id="figure-{escape(drawing.name)}"><h3>{escape(drawing.title)}</h3>'
+        f'<div class="scroll">{rendered.svg}</div>'
         f'<figcaption>{escape(drawing.caption)} <span class="downloads">({links})</span></figcaption></figure>'
     )
 
@@ -219,9 +250,13 @@ def _files(contents: Contents) -> str:
     rows = [("report.html", "this page"), ("record.json", "everything that was measured, as one JSON file")]
     rows += [(f"data/{dataset.name}.csv", f"{dataset.title}; {len(dataset.rows)} rows") for dataset in contents.datasets]
     for rendered in contents.figures:
-        rows += [(f"figures/{rendered.drawing.name}.{kind}", f"{rendered.drawing.title} ({kind.upper()})") for kind in ("pdf", "png")]
+        rows += [
+            (f"figures/{rendered.drawing.name}.{kind}", f"{rendered.drawing.title} ({kind.upper()})")
+            for kind in ("pdf", "png")
+        ]
     body = "".join(
-        f'<tr><th scope="row"><a href="{escape(name)}">{escape(name)}</a></th><td>{escape(text)}</td></tr>' for name, text in rows
+        f'<tr><th scope="row"><a href="{escape(name)}">{escape(name)}</a></th><td>{escape(text)}</td></tr>'
+        for name, text in rows
     )
     head = '<th scope="col">File</th><th scope="col">What is in it</th>'
     return _wrapped(

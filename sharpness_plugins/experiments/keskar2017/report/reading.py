@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...paired import Paired, pair
+from ..endings import Ending
 from ..record import Condition, Curvature, Quantity, Record, TrainedNetwork, Trajectory
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "random_share",
     "share_within",
     "top_share",
+    "words_of",
+    "words_of_ending",
 ]
 
 MOVED = ("exact", "converged", "estimate", "lower bound")  # kinds of a number that a solver stands for
@@ -75,6 +78,20 @@ class Reading:
 
     def trajectories(self, purpose: str, role: str) -> list[Trajectory]:
         return [t for t in self.record.trajectories if (t.purpose, t.role) == (purpose, role) and t.points]
+
+
+def words_of(condition: Condition) -> str:
+    """How a network was trained, for a reader."""
+    remedy = f" with {condition.remedy}" if condition.remedy else ""
+    return f"{condition.recipe}{remedy}, learning rate {condition.learning_rate:.3g}, to {words_of_ending(condition.ending)}"
+
+
+def words_of_ending(text: str) -> str:
+    """``a training loss of 0.005``; what is no known ending as it is."""
+    try:
+        return Ending.parse(text).words
+    except ValueError:
+        return text
 
 
 def finite(values: Sequence[float]) -> list[float]:

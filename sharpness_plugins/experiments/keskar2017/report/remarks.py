@@ -7,17 +7,25 @@ from collections.abc import Sequence
 
 from ...paired import and_list
 from ..record import SOLVERS, STUDIES, TrainedNetwork, test_accuracy, train_loss
-from .agreement import Agreement, Claim
 from .published import box_ratios
-from .reading import MOVED, Reading, finite, moved_box
+from .reading import MOVED, Reading, finite, moved_box, words_of
+from .verdicts import Agreement, Claim
 
 __all__ = ["answer", "checks", "count_of_agreement", "missing"]
 
 
 def answer(reading: Reading, found: Sequence[Claim]) -> list[str]:
-    """The first paragraph: setting, sharpness, accuracy, warm start, and how many claims agree."""
-    said = [_sharpness(reading), _accuracy(reading), _warm_start(reading), count_of_agreement(found)]
+    """The first paragraph, in plain words: do large batches end in sharper minima that test worse, and by how much?"""
+    said = [_lead(reading, found), _sharpness(reading), _accuracy(reading), _warm_start(reading)]
     return [sentence for sentence in said if sentence]
+
+
+def _lead(reading: Reading, found: Sequence[Claim]) -> str:
+    main = reading.record.problems.get("main")
+    where = "" if main is None else f" On {main.data}, with network {main.network}"
+    verdicts = {claim.key: claim.agrees for claim in found}
+    told = "; ".join(f"{word}: {verdicts[key]}" for key, word in (("sharper", "sharper"), ("gap", "worse")))
+    return f"Do large batches end in sharper minima that test worse?{where or ' Here'}, {told}."
 
 
 def _sharpness(reading: Reading) -> str:
@@ -63,7 +71,8 @@ def _warm_start(reading: Reading) -> str:
     if sharp is None or sharp.ratio is None or accuracy is None:
         return ""
     return (
-        f"{epochs} epochs of small batches before the large ones leave {sharp.ratio:.2g} of the sharpness of a cold start and "
+        f"{epochs} epochs of small batches before the large ones leave {sharp.ratio:.2g} of the sharpness of a cold "
+        "start and "
         f"change the test accuracy by {100 * accuracy.mean_difference:+.2f} points."
     )
 
@@ -103,10 +112,12 @@ def missing(reading: Reading) -> list[str]:
             if not reading.trajectories(purpose, role):
                 said.append(f"No training with the {role} batch was watched for {figure}.")
     if len(record.seeds) == 1:
-        said.append("There is one seed, which says nothing about the spread: no standard deviations, and no more than partly.")
+        said.append(
+            "There is one seed, which says nothing about the spread: no standard deviations, and no more than partly."
+        )
     given_up = [network for network in networks if not network.ended]
     if given_up:
-        conditions = sorted({str(network.condition) for network in given_up})
+        conditions = sorted({words_of(network.condition) for network in given_up})
         said.append(f"{len(given_up)} of {len(networks)} networks did not come to their ending: {'; '.join(conditions)}.")
     said += _unmeasured(networks)
     return said
@@ -130,7 +141,9 @@ def _unmeasured(networks: Sequence[TrainedNetwork]) -> list[str]:
             said.append(f"Not measured on any network: {what}.")
     loose = [n for n in networks if n.curvature is not None and not n.curvature.converged]
     if loose:
-        said.append(f"The largest eigenvalues of {len(loose)} networks did not converge; their residuals are in eigenvalues.csv.")
+        said.append(
+            f"The largest eigenvalues of {len(loose)} networks did not converge; their residuals are in eigenvalues.csv."
+        )
     broken = [n for n in networks if not all(map(math.isfinite, (*n.train, *n.test, n.distance)))]
     if broken:
         said.append(f"{len(broken)} networks have a loss, accuracy or distance that is not finite; they are left out there.")
@@ -149,14 +162,17 @@ def checks(reading: Reading) -> list[str]:
     if finite(gaps):
         worst = max(finite(gaps))
         word = "are" if worst <= 1e-6 else "are NOT"
-        said.append(f"The ends of Figure 3 {word} the losses measured on the networks: the largest difference is {worst:.1g} nats.")
+        said.append(
+            f"The ends of Figure 3 {word} the losses measured on the networks: the largest difference is {worst:.1g} nats."
+        )
     for study in ("matched_loss", "sqrt_rate", "linear_rate", "warm_start", "remedies", "batch_sizes_matched"):
         found = [network for role in reading.roles(study) for network in reading.networks(study, role)]
         losses = finite([train_loss(network) for network in found])
         if losses:
             ended = sum(network.ended for network in found)
             said.append(
-                f"{study.replace('_', ' ').capitalize()}: {ended} of {len(found)} networks reached the loss that they were to have; "
+                f"{study.replace('_', ' ').capitalize()}: {ended} of {len(found)} networks reached the loss that "
+                "they were to have; "
                 f"with the final weights the training losses lie between {min(losses):.2g} and {max(losses):.2g} nats."
             )
     return said

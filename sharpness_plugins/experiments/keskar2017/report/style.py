@@ -22,7 +22,8 @@ p, li, dd { max-width: 46rem; }
 a { color: var(--link); }
 code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 pre { background: var(--wash); padding: .7rem .9rem; overflow-x: auto; border-radius: 6px; white-space: pre-wrap; }
-.answer { font-size: 1.1rem; background: var(--wash); border-left: 4px solid var(--blue); padding: .8rem 1rem; max-width: 50rem; }
+.answer { font-size: 1.1rem; background: var(--wash); border-left: 4px solid var(--blue); padding: .8rem 1rem;
+  max-width: 50rem; }
 .note, .missing, figcaption, caption { color: var(--grey); font-size: .9rem; }
 .note { margin: .2rem 0; }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding: 0; list-style: none; max-width: none; }
@@ -60,7 +61,8 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; } svg text { fill: var(--i
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 9.5pt; } nav { display: none; } h2 { break-after: avoid; }
-  .scroll { overflow: visible; } table { font-size: 7.5pt; } tr { break-inside: avoid; } thead { display: table-header-group; }
+  .scroll { overflow: visible; } table { font-size: 7.5pt; } tr { break-inside: avoid; }
+  thead { display: table-header-group; }
   th, td, thead th, .agreement td, th[scope="row"] { min-width: 0; padding: 2pt 4pt; }
   figure .scroll svg { min-width: 0; max-width: 15cm; } a { color: inherit; }
 }

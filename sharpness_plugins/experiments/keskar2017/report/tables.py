@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from ...paired import Paired, mean_and_spread
 from ..record import SOLVERS, STUDIES, Quantity, test_accuracy, train_accuracy, train_loss
-from .agreement import Claim
 from .published import PAPER, Published, published_for
 from .reading import (
     MOVED,
@@ -23,6 +22,7 @@ from .reading import (
     share_within,
     top_share,
 )
+from .verdicts import Claim
 
 __all__ = ["CONTROLS", "Table", "agreement_table", "all_tables"]
 
@@ -34,6 +34,7 @@ CONTROLS = {  # study -> what is held equal
     "sqrt_rate": "equal loss, rate × √(B/b)",
     "linear_rate": "equal loss, rate × B/b",
 }
+SOLVER_NAMES = {"published": "the paper's solver", "lbfgsb": "the same, scaled", "ours": "our solver"}
 REMEDY_NAMES = {
     "small": "small batch",
     "none": "large batch, no remedy",
@@ -60,7 +61,7 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def markdown(self) -> str:
-        lines = [self.head, tuple(["---", *["---:"] * (len(self.head) - 1)]), *self.rows]
+        lines = [self.head, ("---", *["---:"] * (len(self.head) - 1)), *self.rows]
         body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
         return "\n\n".join([self.caption, body, *self.notes])
 
@@ -183,7 +184,8 @@ def _boxes(reading: Reading, space: str) -> Table | None:
             stuck = [value for value in found if value is not None and value.kind not in MOVED]
             if stuck:
                 notes.append(
-                    f"{_solver(solver)}, {CONTROLS[study]}: {len(stuck)} of {len(found)} measurements left out, because the "
+                    f"{_solver(solver)}, {CONTROLS[study]}: {len(stuck)} of {len(found)} measurements left out, "
+                    "because the "
                     f"solver stopped where it started or failed ({stuck[0].message or stuck[0].kind})."
                 )
     if not measured:
@@ -193,18 +195,20 @@ def _boxes(reading: Reading, space: str) -> Table | None:
     else:
         number, where = 4, "random subspaces"
         notes.append(
-            "The paper does not say how its random columns were scaled, and the scale moves these numbers: compare orders only."
+            "The paper does not say how its random columns were scaled, and the scale moves these numbers: compare "
+            "orders only."
         )
+    notes.append("; ".join(f"{SOLVER_NAMES.get(name, name)}: {text}" for name, text in SOLVERS.items()).capitalize() + ".")
     notes.append("φ(ε)/φ(ε/2): 4 for a quadratic loss, 2 where the gradient dominates, about 1 where the solver failed.")
     head = ("", "small, ε = 1e-3 [%]", "large, ε = 1e-3 [%]", "large / small", "small, ε = 5e-4 [%]", "large, ε = 5e-4 [%]")
-    head += ("large / small", "φ(ε)/φ(ε/2), small", "φ(ε)/φ(ε/2), large")
+    head = (*head, "large / small", "φ(ε)/φ(ε/2), small", "φ(ε)/φ(ε/2), large")
     return Table(
         f"table{number}", f"Table {number}: ε-box sharpness (Metric 2.1) in {where}", head, tuple(rows), tuple(notes)
     )
 
 
 def _solver(name: str) -> str:
-    return SOLVERS.get(name, name)
+    return SOLVER_NAMES.get(name, name)
 
 
 def _published_boxes(known: Published, space: str) -> tuple[str, ...]:
@@ -258,7 +262,7 @@ def _controls(reading: Reading) -> Table | None:
         "steps, small / large",
         "test accuracy, large − small [points]",
     )
-    head += ("ε-box, large / small", "subspace, large / small", "λmax, large / small")
+    head = (*head, "ε-box, large / small", "subspace, large / small", "λmax, large / small")
     notes = (
         "Ratios of the means, with the number of seeds in which the large batch is higher; ε = 1e-3, our solver. "
         "Given up: the loss was not reached, so nothing is matched.",
@@ -290,7 +294,8 @@ def _spectrum(reading: Reading) -> Table | None:
     if not rows:
         return None
     notes = (
-        f"At equal training loss; {_seeds(reading)}. Counts are estimates from a quadrature of the spectral density; the "
+        f"At equal training loss; {_seeds(reading)}. Counts are estimates from a quadrature of the spectral density; "
+        "the "
         "thresholds are a tenth and a thousandth of the mean largest eigenvalue of the small-batch minima.",
     )
     return Table("counts", "The Hessian at both minima", ("", "small", "large", "large / small"), tuple(rows), notes)
@@ -310,7 +315,8 @@ def _cone(reading: Reading) -> Table | None:
     cones = [n.cone for role in ("small", "large") for n in reading.networks("matched_loss", role) if n.cone is not None]
     steep, tried, top = cones[0].steep, len(cones[0].random_rises), len(cones[0].top_rises)
     notes = (
-        f"Steep: the loss rises by at least {steep:g} %, 100 (f(w + r d) − f(w)) / (1 + f(w)), as far out as a corner of the "
+        f"Steep: the loss rises by at least {steep:g} %, 100 (f(w + r d) − f(w)) / (1 + f(w)), as far out as a "
+        "corner of the "
         f"ε-box of 1e-3; {tried} random directions and {top} eigenvectors per network, the better of both signs.",
     )
     return Table("cone", "Does the minimum resemble a cone?", ("", "small", "large", "large / small"), tuple(rows), notes)
@@ -354,7 +360,7 @@ def _remedies(reading: Reading) -> Table | None:
     if not rows:
         return None
     head = ("", "training loss [nats]", "test accuracy [%]", "against no remedy [points]", "ε-box, 1e-3 [%]")
-    head += ("/ no remedy", "/ small batch", "steps")
+    head = (*head, "/ no remedy", "/ small batch", "steps")
     notes = (f"{STUDIES['remedies'].split(';')[0].capitalize()}; {_seeds(reading)}; our solver.",)
     return Table("remedies", "Remedies for the large batch", head, tuple(rows), notes)
 

@@ -12,7 +12,7 @@ from .drawing import render
 from .figures import all_drawings
 from .page import Contents, page
 from .reading import Reading
-from .tables import Table, all_tables
+from .tables import agreement_table, all_tables
 
 __all__ = ["markdown_tables", "write_report"]
 
@@ -50,10 +50,5 @@ def write_report(record: Record, folder: Path) -> list[Path]:
 def markdown_tables(record: Record) -> str:
     """Every table of the report, for a README."""
     reading = Reading(record)
-    return "\n\n".join(table.markdown() for table in _with_agreement(reading).values())
-
-
-def _with_agreement(reading: Reading) -> dict[str, Table]:
-    from .tables import agreement_table
-
-    return {"agreement": agreement_table(claims(reading)), **all_tables(reading)}
+    tables = [agreement_table(claims(reading)), *all_tables(reading).values()]
+    return "\n\n".join(table.markdown() for table in tables)
