@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import itertools
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +18,27 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from . import sampling
+from .distributed import Ranks
 from .errors import LoaderError, MeasurementWarning
 from .memory import free_bytes
 
-__all__ = ["LABEL_KEYS", "Batch", "BatchSource", "count_samples", "map_tensors", "rows_of", "tensors_of", "thinned"]
+if TYPE_CHECKING:
+    from .shares import Share
+
+__all__ = [
+    "LABEL_KEYS",
+    "Batch",
+    "BatchSource",
+    "checked",
+    "count_samples",
+    "holders_of",
+    "is_empty",
+    "leaves_of",
+    "map_tensors",
+    "rows_of",
+    "tensors_of",
+    "thinned",
+]
 
 LABEL_KEYS = ("labels", "label", "label_ids")
 
@@ -78,6 +97,23 @@ def tensors_of(batch: Any) -> list[Tensor]:
     return found
 
 
+def leaves_of(batch: Any) -> list[Any]:
+    """All leaves of a tree, in order; of packed sequences and of batch objects that move themselves, what they hold."""
+    found: list[Any] = []
+
+    def keep(leaf: Any) -> Any:
+        if isinstance(leaf, PackedSequence):
+            found.append(leaf.data)
+        elif not isinstance(leaf, Tensor) and _moves_itself(leaf):
+            found.extend(tensors_of(vars(leaf)))
+        else:
+            found.append(leaf)
+        return leaf
+
+    _map_leaves(batch, keep)
+    return found
+
+
 def count_samples(batch: Any) -> int | None:
     """Number of samples: the leading size of the last tensor of the batch (the targets), or of its labels in a mapping.
 
@@ -125,10 +161,10 @@ def thinned(batch: Batch, count: int) -> Batch:
     )
 
 
-def rows_of(batch: Any, rows: slice, of: int) -> Any:
+def rows_of(batch: Any, rows: slice | list[int], of: int) -> Any:
     """Some of the ``of`` samples: in every tensor, and in lists of strings and the like beside them."""
     if isinstance(batch, (list, tuple)) and len(batch) == of and not _all_tensors(batch):
-        return batch[rows]
+        return batch[rows] if isinstance(rows, slice) else type(batch)([batch[row] for row in rows])
     if type(batch) in (list, tuple):
         return type(batch)(rows_of(entry, rows, of) for entry in batch)
     if type(batch) is dict:
@@ -146,7 +182,7 @@ def _num_bytes(batch: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in _all_tensors(batch))
 
 
-def _is_empty(batch: Any) -> bool:
+def is_empty(batch: Any) -> bool:
     """Whether the batch has rows of tensors, and no row in any."""
     sizes = [tensor.shape[0] for tensor in _all_tensors(batch) if tensor.ndim > 0]
     return bool(sizes) and not any(sizes)
@@ -159,10 +195,12 @@ class _Fingerprint:
         self.num_batches = 0
         self.num_samples = 0
         self._sums: list[Tensor] = []
+        self.units: list[Tensor] = []  # of each batch: a number for each sample and 1, or one for all and their count
 
     def add(self, batch: Batch) -> None:
         self.num_batches += 1
         self.num_samples += batch.num_samples or 0
+        numbers: list[Tensor] = []
         for position, tensor in enumerate(_all_tensors(batch.data)):
             if tensor.numel() == 0 or tensor.layout is not torch.strided:
                 continue
@@ -170,17 +208,47 @@ class _Fingerprint:
             rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
             # a position-dependent weight: flips and crops of an image keep its plain sum
             weights = torch.sin(torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float64) + position)
-            for some in torch.split(rows, max(1, _FINGERPRINT_ELEMENTS // rows.shape[1])):
-                per_sample = torch.nan_to_num(some.to(torch.float64), nan=0.5, posinf=1.0, neginf=-1.0) @ weights
-                self._sums.append(torch.stack([per_sample.sum(), per_sample.square().sum(), per_sample.abs().sum()]).cpu())
+            parts = torch.split(rows, max(1, _FINGERPRINT_ELEMENTS // rows.shape[1]))
+            per_sample = torch.cat(
+                [torch.nan_to_num(part.to(torch.float64), nan=0.5, posinf=1.0, neginf=-1.0) @ weights for part in parts]
+            ).cpu()
+            numbers.append(per_sample)
+            self._sums.append(torch.stack([per_sample.sum(), per_sample.square().sum(), per_sample.abs().sum()]))
+        if numbers and all(len(per_sample) == batch.num_samples for per_sample in numbers):
+            total = torch.stack(numbers).sum(0)
+            self.units.append(torch.stack([total, torch.ones_like(total)]))
+        else:
+            total = torch.stack([per_sample.sum() for per_sample in numbers]).sum() if numbers else torch.tensor(0.0)
+            self.units.append(torch.tensor([[total.item()], [batch.num_samples or 1]], dtype=torch.float64))
+
+    @classmethod
+    def of_all(cls, parts: Iterable[_Fingerprint]) -> _Fingerprint:
+        """Of the samples of all parts together."""
+        total = cls()
+        for part in parts:
+            total.num_batches += part.num_batches
+            total.num_samples += part.num_samples
+            total._sums += part._sums
+        return total
+
+    @property
+    def sums(self) -> Tensor | None:
+        return torch.stack(self._sums).sum(0) if self._sums else None
+
+    def summary(self) -> _Fingerprint:
+        """The same, small enough to be sent round."""
+        same = type(self)()
+        same.num_batches, same.num_samples = self.num_batches, self.num_samples
+        same._sums = [] if self.sums is None else [self.sums]
+        return same
 
     def difference(self, other: _Fingerprint) -> str | None:
         """What another pass gave that the first did not, as a clause; None where they agree."""
         if other.num_samples != self.num_samples:
             return f"{self.num_samples} samples on the first pass and {other.num_samples} on another"
-        if not self._sums or not other._sums:
+        first, second = self.sums, other.sums
+        if first is None or second is None:
             return None
-        first, second = torch.stack(self._sums).sum(0), torch.stack(other._sums).sum(0)
         # samples in another order differ by the rounding of the sums, other samples by much more
         tolerance = 1e-9 * torch.stack([first[2], first[1], first[2]])
         if bool(((first - second).abs() > tolerance).any()):
@@ -225,17 +293,22 @@ class BatchSource:
             raise ValueError(f"max_samples must be at least 1, got {max_samples}")
         if cache_bytes is not None and cache_bytes < 0:
             raise ValueError(f"cache_bytes must be at least 0 (which keeps nothing), got {cache_bytes}")
-        self._loader = _checked(loader)
+        self._loader = checked(loader)
         self._device = device
         self._max_samples = max_samples
         self._upcast_half = upcast_half
         self._seed = sampling.key_for(seed, "loader") >> 1
         self.budget = _default_cache_bytes(device) if cache_bytes is None else cache_bytes
-        self.holders = _holders(self._loader)
+        self.holders = holders_of(self._loader)
         self._states = sampling.generator_states(self.holders)
         self.notes: list[str] = []
+        self._ranks = Ranks()
+        self._share: Share | _Everything = _Everything(self._loader)
+        self.uncut: Batch | None = None
         self._cache: list[Batch] | None = None
-        self._first = _Fingerprint()
+        self._first = self._all = _Fingerprint()
+        self._num_pieces = 0
+        self.first_rank = 0  # that has data
 
     @property
     def cached(self) -> bool:
@@ -243,51 +316,96 @@ class BatchSource:
 
     @property
     def num_batches(self) -> int:
-        return self._first.num_batches
+        """Over all ranks, as ``num_samples``."""
+        return self._all.num_batches
 
     @property
     def num_samples(self) -> int:
-        return self._first.num_samples
+        return self._all.num_samples
+
+    @property
+    def own_batches(self) -> int:
+        """Of this rank, pieces included."""
+        return len(self._first.units)
+
+    def share_out(self, ranks: Ranks, share_of: Callable[..., Share]) -> None:
+        """Read this rank's share from now on; collective. ``share_of`` is ``shares.share_of``."""
+        self._ranks = ranks
+        self._share = share_of(self._loader, ranks, max_samples=self._max_samples, seed=self._seed)
+        self._loader, self._max_samples = self._share.loader, self._share.max_samples
+
+    def keep_whole(self) -> None:
+        """Cut no batch into pieces: to be said before ``load`` is called again."""
+        self._share.cuts, self.uncut = False, None
 
     def load(self) -> None:
         """The first pass: counts, fills the cache, and checks that a second pass gives the same samples."""
+        self.notes = [self._share.note] if self._share.note else []
+        with self._ranks.sharing("reading the data"):
+            first, second, uncounted = self._passes()
+        self._first, parts = first, self._ranks.gather((first.summary(), second and second.summary(), uncounted))
+        self._all = _Fingerprint.of_all(part for part, _, _ in parts)
+        if self._all.num_batches == 0:
+            raise LoaderError("the loader is empty: it gave no batch at all. Pass at least one batch.")
+        self.first_rank = next(rank for rank, (part, _, _) in enumerate(parts) if part.num_batches)
+        self._check_twins([part for part, _, _ in parts])
+        if any(uncounted for _, _, uncounted in parts) and self.num_batches > 1:
+            self.notes.append(
+                "it cannot be told how many samples the batches hold, so all batches weigh the same unless loss_fn returns "
+                "(mean, weight)"
+            )
+        seconds = [part for _, part, _ in parts if part is not None]
+        if not seconds:
+            return
+        if not any(part.num_batches for part in seconds):
+            with self._ranks.sharing("reading the data again"):
+                if not self.cached:
+                    raise LoaderError(
+                        f"the loader gave {self.num_batches} batches on the first pass and none on the second, and its "
+                        f"batches do not fit in the cache of {self.budget / _MIB:.0f} MiB. Pass a loader that can be iterated "
+                        "again, or raise cache_bytes."
+                    )
+            self.notes.append("the loader can be read only once; the batches of that pass were kept and used")
+            return
+        if difference := self._all.difference(_Fingerprint.of_all(seconds)):
+            kind = "the first pass was kept" if self.cached else "every pass repeats the same random seed"
+            self._say(f"the loader gives {difference}; {kind}, and the numbers hold for that data only")
+
+    def _passes(self) -> tuple[_Fingerprint, _Fingerprint | None, bool]:
+        """Of the first pass and the second, and whether samples could not be counted."""
+        first = _Fingerprint()
         kept: list[Batch] | None = [] if self.budget > 0 else None
         taken = 0
         uncounted = False
         may_reuse_its_memory = not isinstance(self._loader, (list, tuple, DataLoader))
+        self._num_pieces = 0
         for batch in self._read(self._seed):
-            self._first.add(batch)
+            first.add(batch)
             uncounted |= batch.num_samples is None
             taken += _num_bytes(batch.data)
             if kept is not None and taken <= self.budget:
                 kept.append(batch._replace(data=map_tensors(batch.data, torch.clone)) if may_reuse_its_memory else batch)
             else:
                 kept = None
-        if self.num_batches == 0:
-            raise LoaderError("the loader is empty: it gave no batch at all. Pass at least one batch.")
+        first.num_batches -= self._num_pieces
         self._cache = kept
-        if uncounted and self.num_batches > 1:
-            self.notes.append(
-                "it cannot be told how many samples the batches hold, so all batches weigh the same unless loss_fn returns "
-                "(mean, weight)"
-            )
         if isinstance(self._loader, (list, tuple)):
-            return
+            return first, None, uncounted
         second = _Fingerprint()
         for batch in self._read(self._seed + 1):
             second.add(batch)
-        if second.num_batches == 0:
-            if not self.cached:
-                raise LoaderError(
-                    f"the loader gave {self.num_batches} batches on the first pass and none on the second, and its "
-                    f"batches do not fit in the cache of {self.budget / _MIB:.0f} MiB. Pass a loader that can be iterated "
-                    "again, or raise cache_bytes."
-                )
-            self.notes.append("the loader can be read only once; the batches of that pass were kept and used")
+        return first, second, uncounted
+
+    def _check_twins(self, parts: list[_Fingerprint]) -> None:
+        """Raise where two ranks' own parts hold the same samples, in another order or not."""
+        if self._share.how != "own data":
             return
-        if difference := self._first.difference(second):
-            kind = "the first pass was kept" if self.cached else "every pass repeats the same random seed"
-            self._say(f"the loader gives {difference}; {kind}, and the numbers hold for that data only")
+        for (a, one), (b, other) in itertools.combinations(enumerate(parts), 2):
+            if one.num_samples > 1 and one.sums is not None and one.difference(other) is None:
+                raise LoaderError(
+                    f"the loaders of ranks {a} and {b} hold the same samples in different orders, so that they would count "
+                    "twice. Give every rank the same loader, with the same seed of its sampler, or each its own part."
+                )
 
     def __iter__(self) -> Iterator[Batch]:
         if self._cache is not None:
@@ -297,48 +415,87 @@ class BatchSource:
         for batch in self._read(self._seed):
             again.add(batch)
             yield batch
-        if again.num_batches == 0:
-            raise LoaderError(f"the loader gave {self.num_batches} batches on an earlier pass and none now")
+        if again.num_batches == 0 and self.own_batches:
+            raise LoaderError(f"the loader gave {self.own_batches} batches on an earlier pass and none now")
         if difference := self._first.difference(again):
             self._say(
                 f"the loader changes between passes even with the same seed ({difference}), so the loss is not one fixed "
                 "function and the numbers are unreliable. Pass a list of batches, or raise cache_bytes."
             )
 
-    def some(self, max_samples: int) -> list[Batch]:
-        """About ``max_samples`` samples from all over the data: evenly spaced batches, thinned if they are larger.
+    def some(self, max_samples: int, *, least: int = 1) -> list[Batch]:
+        """This rank's of ``max_samples`` samples of all ranks, in a few batches.
 
-        Of batches that are not cached, the first ones: to look further would read all of them.
+        Which ones, their contents decide, at random and the same for any order, batching and share. Collective.
+
+        Args:
+            least: of one batch, where the rank has so many: BatchNorm has no variance of one sample.
+        Cost: a pass over the loader, unless it is cached.
         """
-        if self._cache is None:
-            found: list[Batch] = []
-            for batch in self._read(self._seed):
-                left = max_samples - sum(b.num_samples or 1 for b in found)
-                found.append(thinned(batch, max(left, 2)))  # BatchNorm has no variance of one sample
-                if sum(b.num_samples or 1 for b in found) >= max_samples:
-                    break
-            return found
-        size = max(1, -(-self.num_samples // self.num_batches))
-        count = min(self.num_batches, -(-max_samples // size))
-        chosen = [self._cache[(2 * i + 1) * self.num_batches // (2 * count)] for i in range(count)]
-        return [thinned(batch, max(-(-max_samples // count), 2)) for batch in chosen]
+        nothing = torch.empty((2, 0), dtype=torch.float64)
+        every: list[Tensor] = self._ranks.gather(torch.cat([nothing, *self._first.units], dim=1))
+        numbers, sizes = torch.cat(every, dim=1)
+        spread = float(numbers.std(correction=0)) or 1.0
+        order = (((numbers - numbers.mean()) / spread * 12.9898).sin() * 43758.5453).frac().argsort()
+        taken = torch.zeros(len(order), dtype=torch.bool)
+        taken[order[sizes[order].cumsum(0) - sizes[order] < max_samples]] = True
+        begin = sum(units.shape[1] for units in every[: self._ranks.rank])
+        return self._picked(taken[begin : begin + every[self._ranks.rank].shape[1]], least)
+
+    def _picked(self, taken: Tensor, least: int) -> list[Batch]:
+        found: list[Batch] = []
+        of_batch = torch.split(taken, [units.shape[1] for units in self._first.units])
+        last = max((i for i, units in enumerate(of_batch) if bool(units.any())), default=-1)
+        for units, batch in zip(of_batch[: last + 1], self, strict=False):
+            rows = units.nonzero().flatten().tolist()
+            if not rows:
+                continue
+            rows += [row for row in range(len(units)) if row not in rows][: max(least - len(rows), 0)]
+            if batch.num_samples is None or len(rows) == batch.num_samples or len(units) != batch.num_samples:
+                found.append(batch)
+            else:
+                found.append(batch._replace(data=rows_of(batch.data, rows, batch.num_samples), num_samples=len(rows)))
+        return _merged(found, max((units.shape[1] for units in self._first.units), default=1))
 
     def _read(self, seed: int) -> Iterator[Batch]:
         sampling.seed_global(seed)
         sampling.set_generator_states(self._states, offset=seed - self._seed)
         left = self._max_samples
-        for position, data in enumerate(self._loader):
+        for position, data in self._share.entries():
+            piece = self._share.piece(position)
+            if piece is None and left is None:
+                continue
             data = self._move(data)
-            if _is_empty(data):
+            if is_empty(data):
                 continue
             count = count_samples(data)
             if left is not None and count is not None:
                 if count > left:
                     data, count = rows_of(data, slice(left), of=count), left
                 left -= count
-            yield Batch(position, data, count)
+            if piece is not None:
+                yield from self._cut(Batch(position, data, count), *piece)
             if left == 0:
                 return
+
+    def _cut(self, batch: Batch, piece: int, of: int) -> Iterator[Batch]:
+        """The piece of a batch; where it cannot be cut, all of it is the first one."""
+        if of == 1:
+            yield batch
+            return
+        if self.uncut is None:
+            self.uncut = batch
+        rows, count = None, batch.num_samples
+        if count is not None:
+            begin, end = piece * count // of, (piece + 1) * count // of
+            with contextlib.suppress(TypeError):
+                rows = rows_of(batch.data, slice(begin, end), of=count)
+        if rows is not None and count is not None:
+            self._num_pieces += piece > 0 and end > begin
+            if end > begin:
+                yield batch._replace(data=rows, num_samples=end - begin)
+        elif piece == 0:
+            yield batch
 
     def _move(self, data: Any) -> Any:
         def move(leaf: Any) -> Any:
@@ -358,7 +515,7 @@ class BatchSource:
             warnings.warn(note, MeasurementWarning, stacklevel=2)
 
 
-def _checked(loader: Any) -> Any:
+def checked(loader: Any) -> Any:
     if isinstance(loader, Iterator):
         raise LoaderError(
             f"loader can be iterated only once (got a {type(loader).__name__}), but a measurement makes many passes. "
@@ -402,7 +559,7 @@ def _with_workers_of_its_own(loader: Any) -> Any:
     return same
 
 
-def _holders(loader: Any) -> list[Any]:
+def holders_of(loader: Any) -> list[Any]:
     """The objects that may carry a generator which a pass over ``loader`` advances: what it is made of, four levels deep."""
     found: dict[int, Any] = {}
     level = [loader]
@@ -419,6 +576,54 @@ def _parts(holder: Any) -> Iterator[Any]:
         for part in value if isinstance(value, (list, tuple)) and len(value) <= 64 else (value,):
             if hasattr(part, "__dict__") and not isinstance(part, (Tensor, type, types.ModuleType, types.FunctionType)):
                 yield part
+
+
+def _merged(batches: list[Batch], size: int) -> list[Batch]:
+    """The same samples in batches of at most ``size``, as far as their tensors fit together; one step each costs most."""
+    found: list[Batch] = []
+    for batch in batches:
+        together = _together(found[-1], batch) if found and _fits(found[-1], batch, size) else None
+        if together is None:
+            found.append(batch)
+        else:
+            found[-1] = together
+    return found
+
+
+def _fits(one: Batch, other: Batch, size: int) -> bool:
+    return one.num_samples is not None and other.num_samples is not None and one.num_samples + other.num_samples <= size
+
+
+def _together(one: Batch, other: Batch) -> Batch | None:
+    """One batch of both; None where something in them is no tensor with a row for each sample, or has another shape."""
+    leaves, others = leaves_of(one.data), leaves_of(other.data)
+    if not len(leaves) == len(others) == len(tensors_of(one.data)):
+        return None
+    for leaf, match in zip(leaves, others, strict=True):
+        tensors = isinstance(leaf, Tensor) and isinstance(match, Tensor) and leaf.ndim and match.ndim
+        if not tensors or leaf.shape[1:] != match.shape[1:] or (leaf.dtype, leaf.layout) != (match.dtype, torch.strided):
+            return None
+        if len(leaf) != one.num_samples or len(match) != other.num_samples:
+            return None
+    joined = (torch.cat(pair) for pair in zip(tensors_of(one.data), tensors_of(other.data), strict=True))
+    return one._replace(
+        data=map_tensors(one.data, lambda _: next(joined)), num_samples=(one.num_samples or 0) + (other.num_samples or 0)
+    )
+
+
+class _Everything:
+    """All of a loader, for a process alone; ``shares.Share`` is for several."""
+
+    how, note, cuts = "alone", "", False
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self._loader = loader
+
+    def entries(self) -> Iterator[tuple[int, Any]]:
+        return enumerate(self._loader)
+
+    def piece(self, position: int) -> tuple[int, int] | None:
+        return 0, 1
 
 
 def _default_cache_bytes(device: torch.device) -> int:

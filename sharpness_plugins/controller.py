@@ -38,7 +38,7 @@ from .signals import SignalBook, SignalContext
 if TYPE_CHECKING:
     from .losses import LossFn
 
-__all__ = ["BatchChange", "BatchController"]
+__all__ = ["BatchChange", "BatchController", "as_schedule"]
 
 SCHEMA = 1
 HISTORY_KEPT = 16  # changes in a checkpoint, without signals, which keeps it below 10 kB; listeners hear of all
@@ -82,6 +82,15 @@ class BatchChange:
     def from_dict(cls, saved: Mapping[str, Any]) -> BatchChange:
         signals = {name: Signal(**signal) for name, signal in saved["signals"].items()}
         return cls(**{**saved, "old": Plan(**saved["old"]), "new": Plan(**saved["new"]), "signals": signals})
+
+
+def as_schedule(schedule: BatchSchedule | str | int) -> BatchSchedule:
+    """The schedule that a text or a number names, with those of plugins; a schedule as it is.
+
+    Raises:
+        ValueError, TypeError: the text is none.
+    """
+    return parse_schedule(schedule, registry.schedule_factories()) if isinstance(schedule, (str, int)) else schedule
 
 
 class BatchController:
@@ -153,7 +162,7 @@ class BatchController:
         on_change: Callable[[BatchChange], None] | Iterable[Callable[[BatchChange], None]] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.schedule = parse_schedule(schedule, registry.schedule_factories()) if isinstance(schedule, str) else schedule
+        self.schedule = as_schedule(schedule)
         self.optimizer = optimizer
         self.history: list[BatchChange] = []
         self.at_step = False
@@ -324,8 +333,6 @@ class BatchController:
         return self.plan
 
     def _measure(self) -> None:
-        if distributed.rank() != 0 and self._meter is None:
-            return
         context = SignalContext(
             model=self._model,
             optimizer=self.optimizer,
@@ -462,15 +469,19 @@ class BatchController:
         seed: int = distributed.from_rank_zero(sampling.key_for(self._seed, "order", torch.initial_seed()) >> 1)
         return seed
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, scale: float = 1.0) -> None:
         """Backward pass of the micro-batch in hand; ``loss`` is the mean over its samples.
 
         After the last one, ``.grad`` is the gradient of the mean over the whole batch, on all ranks.
+
+        Args:
+            scale: by what ``loss.backward`` will multiply by itself, as the losses of trainers with a ``GradScaler`` of
+                their own do.
         """
         if self._loader is None or (micro_batch := self._loader.micro_batch) is None:
             raise RuntimeError("backward() weighs a batch that batches() gave, and it gave none yet")
         weight = self._accumulation.weight(micro_batch.num_samples, micro_batch.group_samples)
-        scale = 1.0 if self._scaler is None else self._scaler.get_scale()
+        scale = scale if self._scaler is None else self._scaler.get_scale()
         weighted = loss * weight if self._scaler is None else self._scaler.scale(loss * weight)
         meter = self._meter
         with meter.micro_batch(micro_batch.num_samples, weight=weight * scale) if meter is not None else nullcontext():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reductions
+from .distributed import Ranks
 from .noise_scale import NoiseScaleEstimate
 
 __all__ = ["DeviationSums"]
@@ -82,6 +83,29 @@ class DeviationSums:
             self._squared.append(reductions.dot(self._last, rows[0]).square())
             self._num_pairs += 1
         self._last = rows[-1].clone()
+
+    def add_up(self, ranks: Ranks) -> None:
+        """All were added, on every rank; from now on these are the sums over the ranks. Collective.
+
+        Pairs are of groups on one rank, so the errors depend on the shares by as much as they are uncertain.
+        """
+        columns = (self._sizes, self._lengths, self._along, self._left_out)
+        squared = float(torch.stack(self._squared).sum()) if self._squared else 0.0
+        own = ([torch.cat(column).cpu() for column in columns if column], squared, self._num_pairs)
+        parts = [part for part in ranks.gather(own) if part[0]]
+        for column, found in zip(columns, zip(*(part[0] for part in parts), strict=True), strict=True):
+            column[:] = [of_rank.to(self._mean.device) for of_rank in found]
+        self._squared = [torch.tensor(sum(part[1] for part in parts), dtype=torch.float64, device=self._mean.device)]
+        self._num_pairs = sum(part[2] for part in parts)
+        for name in ("_drift", "_curved"):
+            with ranks.sharing("sums of deviations") as shared:
+                shared.vector = getattr(self, name)
+            setattr(self, name, shared.vector)
+
+    def add_up_again(self, ranks: Ranks) -> None:
+        """As ``add_up``, after the groups were added again."""
+        own = [part.cpu() for part in self._across]
+        self._across = [part.to(self._mean.device) for of_rank in ranks.gather(own) for part in of_rank]
 
     def add_again(self, gradients: Tensor, num_samples: Tensor, weights: Tensor) -> None:
         """The same groups in the same order, after all were added: for the error of the noise along the gradient."""

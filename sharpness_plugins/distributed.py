@@ -1,13 +1,45 @@
-"""Ranks: how many there are, and what rank 0 decided. The only file that talks to torch.distributed."""
+"""Ranks: how many there are, what rank 0 decided, and the sums of a measurement that they share.
+
+The only file that talks to torch.distributed.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import itertools
+import pickle
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch.distributed
 from torch import Tensor
 
-__all__ = ["from_rank_zero", "on_every_rank", "rank", "sum_of", "sum_over_ranks", "world_size"]
+from .errors import LostRankError, RanksApartError, RemoteFailureError
+
+__all__ = [
+    "RANKS",
+    "Ranks",
+    "Shared",
+    "from_rank_zero",
+    "local_part",
+    "on_every_rank",
+    "rank",
+    "resolve_ranks",
+    "shard_groups",
+    "smallest",
+    "sum_of",
+    "sum_over_ranks",
+    "sum_over_shards",
+    "world_size",
+]
+
+RANKS = ("auto", "same data", "own data", "alone")
+
+_NUMBERS = 4  # that an evaluation may sum beside its vector
+_CLOSING = "the end"
+_APART = 1e-4  # of the sum of magnitudes: points that differ by more are other points, not other rounding
+_OK, _FAILED, _LEFT = 0.0, 1.0, 2.0
 
 
 def _is_running() -> bool:
@@ -42,6 +74,37 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a ``DTensor``, in the same memory; any other tensor itself."""
+    return tensor.to_local() if _is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def shard_groups(tensor: Tensor) -> tuple[Any, ...]:
+    """The process groups over which a ``DTensor`` is cut in pieces; none for any other tensor.
+
+    Raises:
+        ValueError: its pieces are not parts, but terms of a sum.
+    """
+    if not _is_distributed(tensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(f"a tensor is the sum of what its ranks hold ({placements}): redistribute it first")
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if placement.is_shard())
+
+
+def sum_over_shards(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
+    """The sum over all pieces, by one collective for each group; ``tensor`` itself stays."""
+    total = tensor.clone() if groups else tensor
+    for group in groups:
+        torch.distributed.all_reduce(total, group=group)
+    return total
+
+
+def _is_distributed(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
 def sum_of(number: float) -> float:
     """The sum of a number over all ranks, in float64."""
     return _reduced(number) if world_size() > 1 else number
@@ -53,6 +116,264 @@ def on_every_rank(holds: bool) -> bool:
 
 
 def _reduced(number: float) -> float:
-    on_accelerator = torch.distributed.get_backend() == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if on_accelerator else torch.device("cpu")
-    return sum_over_ranks(torch.tensor(number, dtype=torch.float64, device=device)).item()
+    return sum_over_ranks(torch.tensor(number, dtype=torch.float64, device=_device())).item()
+
+
+def _device() -> torch.device:
+    """Where the group takes numbers from."""
+    return torch.device("cuda", torch.cuda.current_device()) if _needs_cuda() else torch.device("cpu")
+
+
+def _needs_cuda() -> bool:
+    return torch.distributed.get_backend() == "nccl" and "cpu:" not in torch.distributed.get_backend_config()
+
+
+class Shared:
+    """What a rank adds to an evaluation; after it, the sum over the ranks.
+
+    Attributes:
+        numbers: at most four, summed in float64.
+        vector: summed in its own dtype; None for none, on every rank alike.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: list[float] = []
+        self.vector: Tensor | None = None
+
+
+class _Told(NamedTuple):
+    """Of a rank: what it did, what it failed of, whether that ends it, and whether it heard of that failure from another."""
+
+    doing: str
+    text: str | None
+    leaves: bool
+    second_hand: bool
+
+
+class Ranks:
+    """The processes that share a measurement, in lockstep: each evaluation ends in one meeting of all of them.
+
+    A meeting is one all-reduce of a small table of fixed shape, with a row for each rank: what it evaluated and where, its
+    numbers, and whether it failed. Where all rows agree, an all-reduce of the vector follows, if the evaluation has one.
+    Otherwise every rank raises: the one that failed its own error, the others a RemoteFailureError that names it. So nobody waits
+    for a vector that does not come, and ranks that went different ways find out at the next meeting.
+
+    Attributes:
+        how: one of ``RANKS`` (asked for), or what came of "auto".
+        rank, size: 0 and 1 for a process alone, for which nothing is exchanged.
+    """
+
+    def __init__(self, how: str = "alone", rank: int = 0, size: int = 1) -> None:
+        self.how, self.rank, self.size = how, rank, size
+
+    @property
+    def is_alone(self) -> bool:
+        return self.size == 1
+
+    @contextlib.contextmanager
+    def sharing(self, what: str, where: Sequence[Tensor | None] = ()) -> Iterator[Shared]:
+        """An evaluation that every rank makes on its part of the data.
+
+        Args:
+            what: the name of the evaluation, the same on every rank.
+            where: the vectors that it depends on, at most two, which must be the same on every rank.
+        Raises:
+            RemoteFailureError: it failed on another rank. RanksApartError: another rank evaluates something else, or elsewhere.
+            LostRankError: another rank is gone.
+        """
+        shared = Shared()
+        if self.is_alone:
+            yield shared
+            return
+        error: BaseException | None = None
+        try:
+            yield shared
+        except LostRankError:
+            raise
+        except BaseException as raised:
+            error = raised
+        self._meet(what, shared, where, error)
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small picklable value of every rank, in their order. Collective."""
+        if self.is_alone:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with _found_lost("exchanging notes"):
+            torch.distributed.all_gather_object(found, value)
+        return found
+
+    def smallest(self, number: int | None) -> int | None:
+        """The smallest of all ranks' numbers; None where no rank has one. Collective."""
+        return min((n for n in self.gather(number) if n is not None), default=None)
+
+    def of(self, source: int, value: Any) -> Any:
+        """What rank ``source`` has, where it can be pickled, and else this rank's own. Collective."""
+        if self.is_alone:
+            return value
+        box: list[bytes | None] = [_pickled(value) if self.rank == source else None]
+        with _found_lost("sending a result"):
+            torch.distributed.broadcast_object_list(box, src=source)
+        return value if box[0] is None or self.rank == source else pickle.loads(box[0])
+
+    def close(self, what: str, error: Exception | None, value: float = 0.0) -> tuple[Exception, str] | None:
+        """Every rank has ended ``what``, with this value or with an error: what it failed of on any of them, for all of them.
+
+        A rank that still evaluates is told so, and ends, too. Different values are a failure.
+
+        Raises:
+            LostRankError: another rank is gone.
+        """
+        while not self.is_alone:
+            rows = self._rows(_CLOSING, 0, [value], (), error)
+            together = bool((rows[:, 0] == rows[0, 0]).all())
+            values = rows[:, 7]
+            apart = bool(((values - values[0]).abs() > _APART * values[0].abs()).any())
+            if together and not apart and not bool(rows[:, 2].any()):
+                return None
+            told = self._told(f"ended {what}" + (f" with {value:.10g}" if apart else ""), error)
+            failure = self._failure(told)
+            if isinstance(failure, LostRankError):
+                raise failure
+            error = error or failure
+            if together:
+                return error, str(failure)
+        return None if error is None else (error, _named(error))
+
+    def agree(self, what: str, value: Any) -> None:
+        """Raise where ranks have different values.
+
+        Raises:
+            RanksApartError: names them.
+        """
+        found = self.gather(value)
+        if any(other != found[0] for other in found):
+            shown = "; ".join(f"rank {r}: {other}" for r, other in enumerate(found))
+            raise RanksApartError(f"the ranks must have the same {what}, and have {shown}")
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Inside, ``smallest`` asks these ranks."""
+        _measuring.append(self)
+        try:
+            yield
+        finally:
+            _measuring.pop()
+
+    # ------------------------------------------------------------------ the meeting
+
+    def _meet(self, what: str, shared: Shared, where: Sequence[Tensor | None], error: BaseException | None) -> None:
+        vector = shared.vector
+        size = 0 if error is not None or vector is None else vector.numel()
+        rows = self._rows(what, size, [] if error is not None else shared.numbers, where, error)
+        points = rows[:, 3:7].view(self.size, 2, 2)
+        apart = bool(((points[:, :, 0] - points[0, :, 0]).abs() > _APART * points[:, :, 1]).any())
+        if apart or bool((rows[:, :2] != rows[0, :2]).any()) or bool(rows[:, 2].any()):
+            told = self._told(f"asked for {what}" + (" at a point of its own" if apart else ""), error)
+            raise error or self._failure(told)
+        shared.numbers = rows[:, -_NUMBERS:].sum(dim=0).tolist()[: len(shared.numbers)]
+        if vector is not None:
+            shared.vector = self._summed(vector)
+
+    def _rows(
+        self, what: str, size: int, numbers: list[float], where: Sequence[Tensor | None], error: BaseException | None
+    ) -> Tensor:
+        """What every rank says: kind, size of its vector, whether it failed; two numbers for each of two points; numbers."""
+        flag = _OK if error is None else _FAILED if isinstance(error, Exception) else _LEFT
+        row = [float(zlib.crc32(what.encode())), float(size), flag]
+        row += itertools.chain.from_iterable(map(_digest, where)) if error is None else ()
+        row += [0.0] * (7 - len(row)) + numbers + [0.0] * (_NUMBERS - len(numbers))
+        table = torch.zeros((self.size, 7 + _NUMBERS), dtype=torch.float64, device=_device())
+        table[self.rank] = torch.tensor(row, dtype=torch.float64)
+        with _found_lost(what):
+            torch.distributed.all_reduce(table)
+            return table.cpu()
+
+    def _summed(self, vector: Tensor) -> Tensor:
+        total = vector.to(_device()) if _needs_cuda() else vector
+        with _found_lost("adding up vectors"):
+            total = total.contiguous()
+            torch.distributed.all_reduce(total)
+            return total.to(vector.device)
+
+    def _told(self, doing: str, error: BaseException | None) -> list[_Told]:
+        second_hand = isinstance(error, (RemoteFailureError, RanksApartError))
+        text = None if error is None else str(error) if second_hand else _named(error)
+        leaves = error is not None and not isinstance(error, Exception)
+        found: list[_Told] = self.gather(_Told(doing, text, leaves, second_hand))
+        return found
+
+    @staticmethod
+    def _failure(told: list[_Told]) -> Exception:
+        """The same on every rank."""
+        for r, other in enumerate(told):
+            if other.leaves:
+                return LostRankError(f"rank {r} left the measurement: {other.text}")
+        first_hand = [(r, other.text) for r, other in enumerate(told) if other.text is not None and not other.second_hand]
+        if first_hand:
+            r, text = first_hand[0]
+            everywhere = len(first_hand) == len(told) and len({text for _, text in first_hand}) == 1
+            return RemoteFailureError(text if everywhere else f"rank {r} failed: {text}")
+        heard = [other.text for other in told if other.text is not None]
+        if heard:
+            return RemoteFailureError(heard[0])
+        return RanksApartError(
+            f"the ranks went different ways: {'; '.join(f'rank {r} {other.doing}' for r, other in enumerate(told))}. "
+            "What a metric evaluates may depend only on numbers that are the same on every rank."
+        )
+
+
+_measuring: list[Ranks] = []
+
+
+def smallest(number: int | None) -> int | None:
+    """The smallest over the ranks of the measurement that goes on, if one does."""
+    return _measuring[-1].smallest(number) if _measuring else number
+
+
+def resolve_ranks(ranks: str | Ranks) -> Ranks:
+    """The group that exists, or this process alone.
+
+    Raises:
+        ValueError: it is none of ``RANKS``.
+    """
+    if isinstance(ranks, Ranks):
+        return ranks
+    if ranks not in RANKS:
+        raise ValueError(f"ranks must be one of {RANKS}, got {ranks!r}")
+    if ranks == "alone" or world_size() == 1:
+        return Ranks()
+    return Ranks(ranks, rank(), world_size())
+
+
+def _pickled(value: Any) -> bytes | None:
+    try:
+        return pickle.dumps(value)
+    except Exception:  # a plugin's result may hold anything
+        return None
+
+
+def _digest(point: Tensor | None) -> tuple[float, float]:
+    if point is None:
+        return 0.0, 0.0
+    point = point.detach()
+    sums = torch.stack([point.sum(dtype=torch.float64), point.abs().sum(dtype=torch.float64)])
+    sums = torch.nan_to_num(sums, nan=0.0, posinf=0.0, neginf=0.0)  # such points have no value anywhere
+    return sums[0].item(), sums[1].item()
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+@contextlib.contextmanager
+def _found_lost(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except LostRankError:
+        raise
+    except Exception as error:
+        raise LostRankError(
+            f"the group of ranks broke while {doing} was shared: {' '.join(str(error).split())[:300]}. Either a rank died, or "
+            "did not come within the group's timeout: every rank must measure, or ranks='alone' on the one that does."
+        ) from error

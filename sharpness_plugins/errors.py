@@ -11,9 +11,12 @@ __all__ = [
     "DuplicateNameError",
     "LoaderError",
     "LossRuleError",
+    "LostRankError",
     "MeasurementWarning",
     "NonFiniteLossError",
     "PluginWarning",
+    "RanksApartError",
+    "RemoteFailureError",
     "SecondDerivativeError",
     "SharpnessError",
     "UnknownNameError",
@@ -40,6 +43,18 @@ class NonFiniteLossError(SharpnessError, ArithmeticError):
 
 class SecondDerivativeError(SharpnessError, RuntimeError):
     """No exact mode of differentiation gives a Hessian-vector product of this model."""
+
+
+class RemoteFailureError(SharpnessError, RuntimeError):
+    """Another rank failed; the message is its own."""
+
+
+class RanksApartError(SharpnessError, RuntimeError):
+    """The ranks do not measure the same: other weights, metrics, evaluations or points."""
+
+
+class LostRankError(SharpnessError, RuntimeError):
+    """A rank is gone or does not come, and the group with it."""
 
 
 class UnknownNameError(SharpnessError, LookupError):

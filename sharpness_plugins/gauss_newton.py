@@ -94,7 +94,7 @@ class OutputProducts:
             LossRuleError: the loss is not one of the model's output.
         """
         row = self._objective.space.check(vector, "vector")
-        return self._objective.sum_over_parts(lambda evaluator, part: self._product(evaluator, row, part))
+        return self._objective.sum_over_parts(lambda evaluator, part: self._product(evaluator, row, part), (row,))
 
     def _product(self, evaluator: Evaluator, vector: Tensor, part: Part) -> Tensor:
         try:

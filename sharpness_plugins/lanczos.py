@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import reductions, sampling
+from . import distributed, reductions, sampling
 from .basis import Basis, bytes_per_vector
 from .krylov import HALF_ROUNDING, Ending, LanczosRequest, LanczosResult
 from .memory import free_bytes
@@ -354,6 +354,7 @@ def _basis_size(start: Tensor, request: LanczosRequest, wanted: int) -> int:
     free, budget = request.basis_bytes, request.basis_bytes
     if budget is None:
         free = free_bytes(torch.device("cpu") if request.storage == "host" else start.device)
+        free = distributed.smallest(free)  # the run must restart at the same steps on all ranks
         budget = None if free is None else free // 2  # the products need memory, too
     if free is None or budget is None or size * per_vector <= budget:
         return size

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from . import registry, sampling
-from .errors import PluginWarning
+from .distributed import resolve_ranks
+from .errors import LostRankError, PluginWarning
 from .krylov_pass import KrylovSharing
 from .losses import LossFn
 from .objective import Objective
@@ -48,6 +49,7 @@ def measure_sharpness(
     device: torch.device | str | None = None,
     progress: bool | ProgressListener | None = None,
     cache_bytes: int | None = None,
+    ranks: str = "auto",
 ) -> SharpnessReport:
     """How sharp is the loss around the model's weights, on the loader's data.
 
@@ -73,15 +75,24 @@ def measure_sharpness(
         progress: None draws on a terminal and in a notebook; True, False; or a callable that receives ``ProgressEvent``s.
         cache_bytes: keep the batches on the device if they take at most this; None for a quarter of the free memory, at
             most 4 GiB.
+        ranks: what the processes of a ``torch.distributed`` group do, all of which must call this: "same data", they share
+            out what each one's loader gives; "own data", each one's loader has a part of the data; "auto", what the loaders
+            turn out to hold, repeats of a ``DistributedSampler`` left out. All of them return the same report, which is that
+            of one process. "alone" for one process without the others.
     Returns:
         a report: ``report["epsilon_box"].value``, ``print(report)``, ``report.to_json()``. A metric that raises is in it
         with status "failed" and a PluginWarning; the others are measured.
     Cost: about 35 gradients, 80 gradients and 20 Hessian-vector products for the three default metrics.
     Raises:
         LoaderError, LossRuleError, NonFiniteLossError, UnknownNameError, ValueError: bad input, before anything is measured.
+        RanksApartError, RemoteFailureError: the ranks differ in what they measure, or another one has bad input.
+        LostRankError: a rank is gone, or does not come within the group's timeout.
     """
-    chosen = resolve_metrics(metrics)
-    listener = resolve_listener(progress)
+    group = resolve_ranks(ranks)
+    with group.sharing("choosing metrics"):
+        chosen = resolve_metrics(metrics)
+        listener = resolve_listener(progress if group.rank == 0 or callable(progress) else False)
+    group.agree("metrics", list(chosen))
     objective = Objective(
         model,
         loader,
@@ -95,6 +106,7 @@ def measure_sharpness(
         seed=seed,
         plugin_rule=_ask_plugins,
         listener=listener,
+        ranks=group,
     )
     results: dict[str, MetricResult] = {}
     sharing = KrylovSharing(chosen, seed)
@@ -105,14 +117,15 @@ def measure_sharpness(
     finally:
         if listener is not None:
             listener(ProgressEvent(None, 0.0, None, 0.0))
-    report = SharpnessReport(results, objective.loss, _provenance(objective, chosen, seed), objective.cost)
+    said = group.of(objective.first_rank, (_provenance(objective, chosen, seed), objective.cost))
+    report = SharpnessReport(results, objective.loss, *said)
     for _ in registry.call_hook("sharpness_measure_end", report=report):
         pass
     return report
 
 
 def _measure_one(key: str, metric: Metric, objective: Objective, seed: int, sharing: KrylovSharing) -> MetricResult:
-    before = objective.cost
+    before, failed, ranks = objective.cost, None, objective.ranks
     rng = sampling.generator_for(seed, registry.metric_name(metric))
     try:
         expected = getattr(metric, "expected_passes", None)
@@ -126,15 +139,21 @@ def _measure_one(key: str, metric: Metric, objective: Objective, seed: int, shar
                 status=Status(Kind.FAILED, f"the value is {result.value}. {result.status.message}".strip()),
                 details=result.details,
             )
+    except LostRankError:
+        raise
     except Exception as error:
+        failed, result = error, MetricResult.failed("")
+    if failure := ranks.close(key, failed, result.value):
+        error, message = failure
         if registry.is_strict():
-            raise
-        result = MetricResult.failed(f"{type(error).__name__}: {error}")
+            raise error
+        result = MetricResult.failed(message)
+    result = ranks.of(objective.first_rank, result.with_cost(objective.cost - before))
     if result.status.kind is Kind.FAILED:
         origin = registry.metric_provenance(metric)
         where = f" (plugin {origin[0]!r} from {origin[1]} {origin[2]})" if origin and origin[1] else ""
         warnings.warn(f"metric {key!r}{where} failed: {result.status.message}", PluginWarning, stacklevel=3)
-    return result.with_cost(objective.cost - before)
+    return result
 
 
 def _ask_plugins(model: nn.Module, batch: Any, criterion: Any) -> LossFn | None:

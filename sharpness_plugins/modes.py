@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import sampling
+from .interrupts import surely
 
 __all__ = ["evaluation", "has_batch_norm", "second_derivatives"]
 
@@ -44,7 +45,7 @@ def evaluation(
                 _enter(stack, tree, device, batch_statistics=batch_statistics)
                 yield
         finally:
-            _surely(lambda: [restore() for restore in restores])
+            surely(lambda: [restore() for restore in restores])
 
 
 def _enter(stack: contextlib.ExitStack, tree: list[nn.Module], device: torch.device, *, batch_statistics: bool) -> None:
@@ -100,19 +101,6 @@ def has_batch_norm(module: nn.Module, *, without_running_statistics: bool = Fals
     return any(m.running_mean is None for m in found) if without_running_statistics else bool(found)
 
 
-def _surely(restore: Callable[[], object]) -> None:
-    """Run ``restore`` to its end, again if Ctrl-C falls into it, and only then let that out."""
-    interrupt: KeyboardInterrupt | None = None
-    while True:
-        try:
-            restore()
-            break
-        except KeyboardInterrupt as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
-
-
 def _module_state(tree: list[nn.Module]) -> Callable[[], None]:
     """Puts back flags, parameters, buffers and tensors that are plain attributes.
 
@@ -151,6 +139,7 @@ def _switches(device: torch.device) -> Callable[[], None]:
         (name, getattr(backends.cuda, f"{name}_sdp_enabled")()) for name in ("flash", "mem_efficient", "math", "cudnn")
     ]
     gradients = torch.is_grad_enabled()
+    function_modes = _num_function_modes()
     on_cuda = device.type == "cuda"
     if on_cuda:
         matmul = torch.get_float32_matmul_precision()
@@ -158,6 +147,8 @@ def _switches(device: torch.device) -> Callable[[], None]:
 
     def restore() -> None:
         torch.set_grad_enabled(gradients)
+        while _num_function_modes() > function_modes:  # Ctrl-C may fall between entering one and the code inside of it
+            torch._C._pop_torch_function_stack()
         backends.mha.set_fastpath_enabled(fast_path)
         backends.mkldnn.enabled = onednn
         for name, enabled in attention:
@@ -169,6 +160,10 @@ def _switches(device: torch.device) -> Callable[[], None]:
     return restore
 
 
+def _num_function_modes() -> int:
+    return int(torch._C._len_torch_function_stack())
+
+
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(owner, name)
@@ -177,7 +172,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
     with contextlib.ExitStack() as stack:
-        stack.callback(_surely, restore)
+        stack.callback(surely, restore)
         setattr(owner, name, value)
         yield
 

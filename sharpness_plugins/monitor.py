@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import distributed, registry
-from .errors import LoaderError, PluginWarning
+from .errors import LoaderError, LostRankError, PluginWarning
 from .measure import Metrics, measure_sharpness, resolve_metrics
 from .noise_scale import SIGNALS, NoiseScaleMeter
 from .pacing import FIRST_GUESS, Budget, Pace, gradients_of
@@ -31,7 +31,7 @@ from .space import Select
 if TYPE_CHECKING:
     from .losses import LossFn
 
-__all__ = ["CSVSink", "JSONLSink", "Measurement", "SharpnessMonitor", "Sink", "gradient_norm"]
+__all__ = ["CSVSink", "JSONLSink", "Measurement", "SharpnessMonitor", "Sink", "gradient_norm", "norm_of"]
 
 HISTORY_KEPT = 200  # measurements in a checkpoint; sinks have all
 
@@ -48,6 +48,7 @@ class Measurement:
         notes: by name, a sentence on each number that failed or is not what was asked for; under "probe" why nothing was
             measured at all.
         seconds: what the measurement took.
+        loss_rule: how the loss came from model and batch, as a sentence; None without a loss.
     """
 
     step: int
@@ -58,6 +59,7 @@ class Measurement:
     standard_errors: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    loss_rule: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON: what is not finite as None."""
@@ -98,13 +100,15 @@ def gradient_norm(parameters: Optimizer | Iterable[Tensor]) -> Callable[[], floa
         each = tensors
         if isinstance(parameters, Optimizer):
             each = [parameter for group in parameters.param_groups for parameter in group["params"]]
-        found = [parameter.grad.detach() for parameter in each or () if parameter.grad is not None]
-        if not found:
-            return None
-        norms = [torch.linalg.vector_norm(_strided(gradient), dtype=torch.float64).cpu() for gradient in found]
-        return float(torch.linalg.vector_norm(torch.stack(norms)))
+        return norm_of(parameter.grad for parameter in each or () if parameter.grad is not None)
 
     return read
+
+
+def norm_of(gradients: Iterable[Tensor]) -> float | None:
+    """Of all together; None where there is none. Waits for the device."""
+    norms = [torch.linalg.vector_norm(_strided(one.detach()), dtype=torch.float64).cpu() for one in gradients]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else None
 
 
 def _strided(gradient: Tensor) -> Tensor:
@@ -198,8 +202,8 @@ class SharpnessMonitor:
     gradients and random states as they are, and what fails is recorded, never raised (``SHARPNESS_PLUGINS_STRICT=1``
     raises).
 
-    On several ranks all of them measure at the same steps, each on the same probe: every rank asks at every step, and
-    where a clock has a say, rank 0's decision is sent round.
+    On several ranks all of them measure at the same steps and share the probe out, which is the same on all of them, or each
+    rank's own: every rank asks at every step, and where a clock has a say, rank 0's decision is sent round.
 
     Args:
         model: what is trained; wrappers are taken off.
@@ -343,7 +347,7 @@ class SharpnessMonitor:
         try:
             report = measure_sharpness(self.model, self.probe, self.metrics, progress=False, **self._settings)
         except Exception as error:
-            if registry.is_strict():
+            if registry.is_strict() or isinstance(error, LostRankError):
                 raise
             return replace(empty, notes={"probe": f"{type(error).__name__}: {error}"}), None
         work = gradients_of(report.cost)
@@ -414,4 +418,5 @@ def _from_report(report: SharpnessReport, progress: Progress) -> Measurement:
         {key: result.value for key, result in results},
         {key: result.standard_error for key, result in results if result.standard_error is not None},
         {key: f"{result.status.kind}: {result.status.message}" for key, result in results if result.status.kind in told},
+        loss_rule=report.provenance["loss_rule"],
     )

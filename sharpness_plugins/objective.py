@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import modes, sampling
+from . import agreement, modes, sampling
 from .batches import Batch, BatchSource
-from .errors import NonFiniteLossError
+from .distributed import Ranks, resolve_ranks
+from .errors import NonFiniteLossError, RemoteFailureError
 from .evaluation import Evaluator, joined
 from .hvp import HessianProducts
 from .losses import LossFn, LossRule, OtherLossError, PluginRule, resolve_loss, unwrap
 from .micro_batches import MicroBatches, Part
 from .progress import ProgressEvent, ProgressListener
 from .report import Cost
+from .shares import share_of
 from .sketch import Sketch
 from .space import ParameterSpace, Select
 
@@ -58,12 +61,14 @@ class Objective:
         hvp: how Hessian-vector products are made, one of ``hvp.HVP_MODES``; "auto" for what a probe finds to be right and
             cheapest, which is never "central differences".
         graph_bytes: memory for first graphs that are kept between products; None for a third of what is free.
+        ranks: see ``measure_sharpness``.
     Attributes:
         space: the selected parameters; ``origin``: their trained values, shape ``(dim,)``.
         loss: mean loss at the origin.
         loss_rule: the sentence that says how the loss was found.
         cost: work done so far.
         notes: sentences that a reader of the numbers must know.
+        ranks: the processes that share the evaluations; each of them must make the same ones, at the same points.
     Raises:
         LoaderError, LossRuleError: see there.
         ValueError: nothing to perturb, unknown ``batch_norm``; from ``value_and_grad``, a loss cut off from the weights.
@@ -87,66 +92,78 @@ class Objective:
         listener: ProgressListener | None = None,
         hvp: str = "auto",
         graph_bytes: int | None = None,
+        ranks: str | Ranks = "auto",
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
-        if isinstance(model, torch.jit.ScriptModule):
-            raise TypeError(
-                "model is scripted, and TorchScript does not let its weights be replaced by perturbed ones. "
-                "Pass the nn.Module it was made from."
+        self.ranks = resolve_ranks(ranks)
+        with self.ranks.sharing("setting up a measurement"):
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+            if isinstance(model, torch.jit.ScriptModule):
+                raise TypeError(
+                    "model is scripted, and TorchScript does not let its weights be replaced by perturbed ones. "
+                    "Pass the nn.Module it was made from."
+                )
+            if batch_norm not in BATCH_NORM_POLICIES:
+                raise ValueError(f"batch_norm must be one of {BATCH_NORM_POLICIES}, got {batch_norm!r}")
+            self._began = time.perf_counter()
+            self._counts = {"values": 0.0, "gradients": 0.0, "hvps": 0.0, "passes": 0.0}
+            self._sweeps, self._partial_passes = 0, 0.0  # batches seen by whole passes; fractions of passes beside them
+            self._depth = 0
+            self._seed = sampling.key_for(seed, "model") >> 2  # room for the position of the batch
+            self.module, wrappers = unwrap(model)
+            self._batch_norm = batch_norm
+            # a loss that is a module has modes, too
+            self._modules = [self.module, *(part for part in (criterion, loss_fn) if isinstance(part, nn.Module))]
+            with torch.inference_mode(False):
+                self.space = ParameterSpace(self.module, select, device=None if device is None else torch.device(device))
+            self.device = self.space.device
+            if self.device.type == "mps":
+                raise ValueError(
+                    "device mps has no float64, in which losses accumulate. Pass device='cpu'; the model stays put."
+                )
+            self.origin = self.space.origin
+            self._listener = listener
+            self._metric = ""
+            self._expected_passes: float | None = None
+            self._metric_began, self._metric_passes = self._began, 0.0
+            self._evaluator = Evaluator(self.module, self.space, self._seed)
+            self._graph_bytes = graph_bytes
+            self._products = self._products_by(hvp)
+            self._all_products = {hvp: self._products}  # each probed once
+            # a gradient takes less memory than a product
+            self._gradient_parts, self._product_parts = (MicroBatches(self._whole_batches_only) for _ in range(2))
+            self._own_notes = self._notes_on_model(wrappers)
+            self._source = BatchSource(
+                loader,
+                device=self.device,
+                max_samples=max_samples,
+                cache_bytes=cache_bytes,
+                upcast_half=self.space.has_half,
+                seed=seed,
             )
-        if batch_norm not in BATCH_NORM_POLICIES:
-            raise ValueError(f"batch_norm must be one of {BATCH_NORM_POLICIES}, got {batch_norm!r}")
-        self._began = time.perf_counter()
-        self._counts = {"values": 0.0, "gradients": 0.0, "hvps": 0.0, "passes": 0.0}
-        self._sweeps, self._partial_passes = 0, 0.0  # batches seen by whole passes; fractions of passes beside them
-        self._depth = 0
-        self._seed = sampling.key_for(seed, "model") >> 2  # room for the position of the batch
-        self.module, wrappers = unwrap(model)
-        self._batch_norm = batch_norm
-        # a loss that is a module has modes, too
-        self._modules = [self.module, *(part for part in (criterion, loss_fn) if isinstance(part, nn.Module))]
-        with torch.inference_mode(False):
-            self.space = ParameterSpace(self.module, select, device=None if device is None else torch.device(device))
-        self.device = self.space.device
-        if self.device.type == "mps":
-            raise ValueError(
-                "device mps has no float64, in which losses accumulate. Pass device='cpu'; the model stays put."
-            )
-        self.origin = self.space.origin
-        self._listener = listener
-        self._metric = ""
-        self._expected_passes: float | None = None
-        self._metric_began, self._metric_passes = self._began, 0.0
-        self._evaluator = Evaluator(self.module, self.space, self._seed)
-        self._graph_bytes = graph_bytes
-        self._products = self._products_by(hvp)
-        self._all_products = {hvp: self._products}  # each probed once
-        # a gradient takes less memory than a product
-        self._gradient_parts, self._product_parts = (MicroBatches(self._whole_batches_only) for _ in range(2))
-        self._own_notes = self._notes_on_model(wrappers)
-        self._source = BatchSource(
-            loader,
-            device=self.device,
-            max_samples=max_samples,
-            cache_bytes=cache_bytes,
-            upcast_half=self.space.has_half,
-            seed=seed,
-        )
+        self._own_notes += agreement.on_weights(self.space, self.ranks)
         with self.session():
+            if not self.ranks.is_alone:
+                self._source.share_out(self.ranks, share_of)
             self._source.load()
             self._value_needs_grad = False
-            self._evaluator.rule = self._resolve_loss(loss_fn, criterion, plugin_rule)
+            with self.ranks.sharing("finding the loss"):
+                rule = self._resolve_loss(loss_fn, criterion, plugin_rule)
+            self._evaluator.rule = agreement.on_rule(rule, self.ranks)
+            self._keep_whole_where_pieces_differ()
             self._weightless: set[int] = set()  # batches without weight: the first pass tells
             try:
-                self._evaluator.look_elsewhere(next(iter(self._source)), self._seed)
+                with self.ranks.sharing("the loss at other weights"):
+                    for batch in itertools.islice(self._source, 1):
+                        self._evaluator.look_elsewhere(batch, self._seed)
                 self.loss = self._first_value()
-            except OtherLossError:
-                if self._rule.fallback is None:
+            except (OtherLossError, RemoteFailureError) as error:
+                if self._rule.fallback is None or OtherLossError.__name__ not in f"{type(error).__name__} {error}":
                     raise
                 self._evaluator.rule = self._rule.fallback
                 self.loss = self._first_value()
             self._evaluator.looking = False
+            self._evaluator.draws = any(self.ranks.gather(self._evaluator.draws))
 
     # ------------------------------------------------------------------ what it is
 
@@ -161,6 +178,11 @@ class Objective:
     @property
     def num_batches(self) -> int:
         return self._source.num_batches
+
+    @property
+    def first_rank(self) -> int:
+        """The first rank that has data."""
+        return self._source.first_rank
 
     @property
     def total_weight(self) -> float:
@@ -207,6 +229,8 @@ class Objective:
             "num_frozen": self.space.num_frozen,
             "num_samples": self.num_samples,
             "num_batches": self.num_batches,
+            "ranks": self.ranks.size,
+            "ranks_read": self.ranks.how,
             "batches": f"cached on {self.device}" if cached else "read anew at every pass",
             "cache_bytes": self._source.budget,
             "loss_rule": self.loss_rule,
@@ -235,47 +259,48 @@ class Objective:
 
     def value(self, perturbation: Tensor | None = None) -> float:
         """Mean loss at ``origin + perturbation``, shape ``(dim,)``. One pass, forward only."""
-        losses: list[Tensor] = []
-        weights: list[Tensor] = []
-        with self.session(), torch.set_grad_enabled(self._value_needs_grad):
+        sums = _LossSums()
+        with (
+            self.session(),
+            torch.set_grad_enabled(self._value_needs_grad),
+            self.ranks.sharing("a loss", (perturbation,)) as shared,
+        ):
             point = self._point(perturbation)
             for batch in self._batches():
                 parts = self._gradient_parts.each(batch, lambda part: self._evaluator.value(point, part.batch))
-                loss, weight = joined(list(parts))
-                losses.append(loss)
-                weights.append(weight)
+                sums.add(*joined(list(parts)))
+            shared.numbers = sums.totals(at_origin=perturbation is None)
         self._counts["values"] += 1
         if self._evaluator.total_weight == 0:
-            self._evaluator.total_weight = torch.stack(weights).sum()
-            self._weightless = {i for i, weight in enumerate(weights) if weight == 0}
+            self._evaluator.total_weight = torch.tensor(shared.numbers[1], dtype=torch.float64, device=self.device)
+            self._weightless = sums.weightless()
             if not self._evaluator.total_weight > 0:
                 raise ValueError("the loss has weight 0 over the whole loader: every target is ignored")
-        return self._mean(losses, weights, at_origin=perturbation is None)
+        return _mean(shared.numbers, at_origin=perturbation is None)
 
     def value_and_grad(self, perturbation: Tensor | None = None) -> tuple[float, Tensor]:
         """Mean loss at ``origin + perturbation`` and its gradient, both of shape ``(dim,)``. One pass."""
-        losses: list[Tensor] = []
-        weights: list[Tensor] = []
+        sums = _LossSums()
         gradient: Tensor | None = None
-        with self.session():
+        with self.session(), self.ranks.sharing("a gradient", (perturbation,)) as shared:
             leaf = self._point(perturbation).requires_grad_()
             for batch in self._batches():
                 for loss, weight, share in self._gradient_parts.each(
                     batch, lambda part: self._evaluator.value_and_grad(leaf, part.batch)
                 ):
                     gradient = share if gradient is None else gradient.add_(share)
-                    losses.append(loss)
-                    weights.append(weight)
-        assert gradient is not None  # the source is never empty
+                    sums.add(loss, weight)
+            shared.numbers = sums.totals(at_origin=perturbation is None)
+            shared.vector = torch.zeros_like(self.origin) if gradient is None else gradient
         self._counts["gradients"] += 1
-        return self._mean(losses, weights, at_origin=perturbation is None), gradient
+        return _mean(shared.numbers, at_origin=perturbation is None), shared.vector
 
     def hvp(self, vector: Tensor, perturbation: Tensor | None = None) -> Tensor:
         """Hessian at ``origin + perturbation`` times ``vector``, shape ``(dim,)``, or each row of ``(k, dim)``.
 
         Exact, by the way that a probe chooses at the first product (``hvp.HessianProducts``); ``hvp_mode`` names it. Inside
         a ``session`` the graphs of the gradients are kept between products at the same point, as many as fit in
-        ``graph_bytes``: 2.1 gradients a product and not 3.1. Attention runs on the MATH backend, which alone has second
+        ``graph_bytes``: 1.6 gradients a product of ResNet-18 and not 2.6. Attention runs on the MATH backend, which alone has second
         derivatives. One pass.
 
         Raises:
@@ -284,15 +309,25 @@ class Objective:
         rows = vector if vector.ndim == 2 else vector[None]
         keep = self._source.cached and self._depth > 0
         try:
-            with self.session(), modes.second_derivatives(self.module):
-                rows = torch.stack([self.space.check(row, "vector") for row in rows])
-                self._products.move_to(self._point(perturbation))
-                products = torch.zeros_like(rows)
+            with (
+                self.session(),
+                modes.second_derivatives(self.module),
+                self.ranks.sharing("a product with the Hessian", (vector, perturbation)) as shared,
+            ):
+                checked = [self.space.check(row, "vector") for row in rows]
+                rows = checked[0][None] if len(checked) == 1 else torch.stack(checked)
+                away = None if perturbation is None else self.space.check(perturbation, "perturbation").detach()
+                self._products.move_to(self.origin, away)
+                total: Tensor | None = None
                 for batch in self._batches():
                     for found in self._product_parts.each(
                         batch, lambda part: self._products(rows, part, keep=keep), relief=self._products.relieve
                     ):
-                        products += found
+                        # a product is a new tensor, and to allocate and clear one more costs as much as to add to it
+                        total = found if total is None else total.add_(found)
+                shared.vector = torch.zeros_like(rows) if total is None else total  # a rank may have no batch
+                shared.numbers = [self._products.spent if self._source.first_rank == self.ranks.rank else 0.0]
+            products, self._products.spent = shared.vector, shared.numbers[0]
         except BaseException:
             self._products.release()
             raise
@@ -300,23 +335,32 @@ class Objective:
         self._count_probe()
         return products if vector.ndim == 2 else products[0]
 
-    def sum_over_parts(self, work: Callable[[Evaluator, Part], Tensor]) -> Tensor:
+    def sum_over_parts(self, work: Callable[[Evaluator, Part], Tensor], where: Sequence[Tensor] = ()) -> Tensor:
         """``work(evaluator, part)``, shape ``(dim,)`` each, summed over the parts of one pass; counts as one product.
 
         Second derivatives work inside of it: it is for products with matrices other than the Hessian.
+
+        Args:
+            where: at most two vectors that the work depends on, the same on every rank.
         """
         answer = torch.zeros_like(self.origin)
-        with self.session(), modes.second_derivatives(self.module):
+        with (
+            self.session(),
+            modes.second_derivatives(self.module),
+            self.ranks.sharing("a product with a matrix", where) as shared,
+        ):
             for batch in self._batches():
                 for found in self._product_parts.each(batch, lambda part: work(self._evaluator, part)):
                     answer += found
+            shared.vector = answer
         self._counts["hvps"] += 1
-        return answer
+        return shared.vector
 
     def over_parts(self, size: int, work: Callable[[Evaluator, Part], None]) -> None:
         """``work(evaluator, part)`` for parts of at most ``size`` samples, in one pass; counts as one gradient.
 
-        Attention runs on the MATH backend, which alone can be vectorized over samples.
+        Attention runs on the MATH backend, which alone can be vectorized over samples. On several ranks each does its own
+        parts, and what the work adds up is that of this rank: see ``ranks``.
 
         Raises:
             ValueError: the loss of a batch is not made of the losses of its parts; the message says why.
@@ -325,25 +369,26 @@ class Objective:
             raise ValueError(f"{cause}, so a batch is not the sum of its parts")
         parts = MicroBatches(self._whole_batches_only)
         parts.size = size
-        with self.session(), modes.second_derivatives(self.module):
+        with self.session(), modes.second_derivatives(self.module), self.ranks.sharing("parts of the data"):
             for batch in self._batches():
                 for _ in parts.each(batch, lambda part: work(self._evaluator, part)):
                     pass
         self._counts["gradients"] += 1
 
     def sketch(self, max_samples: int) -> Sketch:
-        """The model on about ``max_samples`` of the samples, from all over the data where it is cached.
+        """The model on about ``max_samples`` of the samples, the same for any order and batching; one pass if not cached.
 
         Raises:
             ValueError: ``max_samples`` is not positive.
         """
         if max_samples < 1:
             raise ValueError(f"max_samples must be at least 1, got {max_samples}")
-        with self.session():
-            batches = self._source.some(max_samples)
-        taken = sum(batch.num_samples or 0 for batch in batches)
-        share = taken / self.num_samples if self.num_samples else len(batches) / self.num_batches
-        return Sketch(self._evaluator, batches, min(share, 1.0), session=self.session, spend=self._spend)
+        with self.session(), self.ranks.sharing("a sketch") as shared:
+            batches = self._source.some(max_samples, least=2 if self._batch_norm == "batch" else 1)
+            shared.numbers = [sum(batch.num_samples or 0 for batch in batches), len(batches)]
+        taken, count = shared.numbers
+        share = taken / self.num_samples if self.num_samples else count / self.num_batches
+        return Sketch(self._evaluator, batches, min(share, 1.0), self.ranks, session=self.session, spend=self._spend)
 
     @property
     def has_classes(self) -> bool:
@@ -366,6 +411,9 @@ class Objective:
                 yield batch
             if counted:
                 self._tick()
+        if counted and not self._source.own_batches:
+            self._partial_passes += 1
+            self._counts["passes"] += 1
 
     def _first_value(self) -> float:
         try:
@@ -375,20 +423,6 @@ class Objective:
                 raise
         self._value_needs_grad = True  # the loss itself takes derivatives, with respect to its inputs, say
         return self.value()
-
-    def _mean(self, losses: list[Tensor], weights: list[Tensor], *, at_origin: bool) -> float:
-        stacked, w = torch.stack(losses), torch.stack(weights)
-        # a batch without weight (every target ignored) has no mean
-        mean = (torch.where(w > 0, stacked, 0.0) * w).sum().div(w.sum()).item()
-        if at_origin and not math.isfinite(mean):
-            bad = [i for i, loss in enumerate(stacked.tolist()) if not math.isfinite(loss)]
-            which = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-            raise NonFiniteLossError(
-                f"the loss at the trained weights is {stacked[bad[0]].item() if bad else mean} on batch {which} of "
-                f"{len(losses)} (counted from 0), so there is no minimum to measure. Look for NaN inputs or diverged "
-                "weights."
-            )
-        return mean
 
     def _count_probe(self) -> None:
         """What the products were tried on counts as gradients."""
@@ -406,13 +440,27 @@ class Objective:
 
     def _resolve_loss(
         self, loss_fn: LossFn | None, criterion: Callable[..., Any] | None, plugin_rule: PluginRule | None
-    ) -> LossRule:
+    ) -> LossRule | None:
+        """By this rank's first batch; None where it has none."""
+
         def resolve(model: nn.Module, batch: Any) -> LossRule:
             return resolve_loss(model, batch, loss_fn=loss_fn, criterion=criterion, plugin_rule=plugin_rule)
 
-        first = next(iter(self._source))
-        rule: LossRule = self._evaluator.call(resolve, self.origin, first)
-        return rule
+        for first in self._source:
+            rule: LossRule = self._evaluator.call(resolve, self.origin, first)
+            return rule
+        return None
+
+    def _keep_whole_where_pieces_differ(self) -> None:
+        """Of a batch that was cut for the ranks, the pieces must have the loss of the whole."""
+        whole, self._source.uncut = self._source.uncut, None
+        may = whole is None or (
+            self._whole_batches_only() is None
+            and agreement.is_sum_of_pieces(self._evaluator, whole, self.ranks.size, self._seed)
+        )
+        if not all(self.ranks.gather(may and not self._whole_batches_only())):
+            self._source.keep_whole()
+            self._source.load()
 
     # ------------------------------------------------------------------ around evaluations
 
@@ -427,11 +475,14 @@ class Objective:
             if self._depth > 1:
                 yield
                 return
-            with modes.evaluation(
-                self._modules,
-                self.device,
-                batch_statistics=self._batch_norm == "batch",
-                holders=self._source.holders,
+            with (
+                modes.evaluation(
+                    self._modules,
+                    self.device,
+                    batch_statistics=self._batch_norm == "batch",
+                    holders=self._source.holders,
+                ),
+                self.ranks.measuring(),
             ):
                 yield
         finally:
@@ -470,7 +521,59 @@ class Objective:
 
     def _tick(self) -> None:
         self._sweeps += 1
-        self._counts["passes"] = self._sweeps / self.num_batches + self._partial_passes
+        self._counts["passes"] = self._sweeps / self._source.own_batches + self._partial_passes
         if self._listener is not None and self._metric:
             passes, seconds = self._counts["passes"] - self._metric_passes, time.perf_counter() - self._metric_began
             self._listener(ProgressEvent(self._metric, passes, self._expected_passes, seconds))
+
+
+class _LossSums:
+    """Losses and weights of this rank's batches, added up in float64 without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._weights: list[Tensor] = []
+
+    def add(self, loss: Tensor, weight: Tensor) -> None:
+        self._losses.append(loss)
+        self._weights.append(weight)
+
+    def weightless(self) -> set[int]:
+        return {i for i, weight in enumerate(self._weights) if weight == 0}
+
+    def totals(self, *, at_origin: bool) -> list[float]:
+        """Sum of weighted losses, sum of weights.
+
+        Raises:
+            NonFiniteLossError: at the origin, the loss of some batch is NaN or infinite.
+        """
+        if not self._losses:
+            return [0.0, 0.0]
+        w = torch.stack(self._weights)
+        losses = torch.where(
+            w > 0, torch.stack(self._losses), 0.0
+        )  # a batch without weight (every target ignored) has no mean
+        totals: list[float] = torch.stack([(losses * w).sum(), w.sum()]).tolist()
+        if at_origin and not math.isfinite(totals[0]):
+            bad = [i for i, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
+            if bad:
+                which = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+                raise NonFiniteLossError(
+                    _no_minimum(losses[bad[0]].item(), f" on batch {which} of {len(losses)} (counted from 0)")
+                )
+        return totals
+
+
+def _mean(totals: list[float], *, at_origin: bool) -> float:
+    total, weight = totals
+    mean = total / weight if weight else math.nan
+    if at_origin and not math.isfinite(mean):
+        raise NonFiniteLossError(_no_minimum(mean, ""))
+    return mean
+
+
+def _no_minimum(loss: float, where: str) -> str:
+    return (
+        f"the loss at the trained weights is {loss}{where}, so there is no minimum to measure. Look for NaN inputs or diverged "
+        "weights."
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -123,6 +124,10 @@ class Hooks(Protocol):
 
         where ``acme_tools/fisher.py`` holds a frozen dataclass ``Fisher`` with ``__call__(self, objective, rng)``.
         Its user writes ``measure_sharpness(model, loader, metrics=["acme_fisher"])``.
+
+        An attribute ``invariances = frozenset({"neuron_permutation"})`` of the class says what leaves its number as it is
+        (``sharpness_plugins.specs.INVARIANCES``), and ``sharpness_plugins.testing.check_metric(Fisher())`` in a test of the
+        plugin holds it to that and to all else that users rely on.
         """
 
     @hookspec(firstresult=True)
@@ -264,7 +269,7 @@ class _Decorator(Protocol):
     def __call__(self, target: Callable[..., Any], /) -> FunctionMetric: ...
 
 
-def metric(name: str, *, summary: str | None = None) -> _Decorator:
+def metric(name: str, *, summary: str | None = None, invariances: Iterable[str] | None = None) -> _Decorator:
     """Make a metric of a function or of a frozen dataclass, and register it under ``name``::
 
         @metric("gradient_norm")
@@ -281,12 +286,19 @@ def metric(name: str, *, summary: str | None = None) -> _Decorator:
 
     Args:
         summary: defaults to the first line of the docstring.
+        invariances: of a function, what leaves its number as it is, names out of ``specs.INVARIANCES``; a class says it by
+            an attribute. ``testing.check_metric`` checks it.
     """
     if not isinstance(name, str):
         raise TypeError('write @metric("a_name"), with the name of the metric')
+    claimed = None if invariances is None else frozenset(invariances)
 
     def decorate(target: Any) -> Any:
+        if claimed is not None and isinstance(target, type):
+            raise TypeError(f"metric {name!r}: a class says its invariances by an attribute, invariances = {claimed}")
         made = _named_class(target, name) if isinstance(target, type) else FunctionMetric(target, name=name)
+        if claimed is not None:
+            made = replace(made, invariances=claimed)
         spec = MetricSpec(
             name,
             made.with_settings if isinstance(made, FunctionMetric) else made,
@@ -559,13 +571,20 @@ def get_schedule(name: str, /, **settings: Any) -> BatchSchedule:
 
 
 def schedule_factories() -> dict[str, Callable[..., BatchSchedule]]:
-    """What makes each schedule, by name, for ``schedules.parse_schedule``; nothing is imported before it is called."""
+    """What makes each schedule, by its name and by that of its class, as its ``repr`` has it, for
+    ``schedules.parse_schedule``; nothing is imported before it is called."""
 
     def made(name: str, /, *values: Any, **settings: Any) -> BatchSchedule:
         found: BatchSchedule = _registry.find(ScheduleSpec, name).spec.load()(*values, **settings)
         return found
 
-    return {name: partial(made, name) for name in available_schedules()}
+    factories: dict[str, Callable[..., BatchSchedule]] = {name: partial(made, name) for name in available_schedules()}
+    for name, offer in available_schedules().items():
+        factory = offer.spec.factory
+        of_class = re.split(r"[:.]", factory)[-1] if isinstance(factory, str) else getattr(factory, "__name__", "")
+        if of_class:
+            factories.setdefault(of_class, factories[name])
+    return factories
 
 
 def get_signal(name: str, /, **settings: Any) -> Callable[[SignalContext], Signal]:

@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = [
     "generator_for",
     "generator_states",
+    "global_states",
     "key_for",
     "normal",
     "permutation",
@@ -110,6 +111,16 @@ def torch_state(device: torch.device) -> tuple[bytes, ...]:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return tuple(state.numpy().tobytes() for state in states)
+
+
+def global_states() -> dict[str, bytes]:
+    """The states of the generators that a whole process shares, by their owners' names: torch (CPU), NumPy, Python."""
+    _, numbers, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "NumPy": np.asarray(numbers).tobytes() + repr(rest).encode(),
+        "Python": repr(random.getstate()).encode(),
+    }
 
 
 GeneratorStates = list[tuple[Any, Any]]

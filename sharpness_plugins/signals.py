@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from . import registry
-from .errors import PluginWarning, UnknownNameError, did_you_mean
+from . import distributed, registry
+from .errors import LostRankError, PluginWarning, UnknownNameError, did_you_mean
 from .measure import measure_sharpness
 from .pacing import FIRST_GUESS, Budget, Pace, gradients_of
 from .probe import num_probe_samples
@@ -153,11 +153,14 @@ class SignalBook:
         return any(isinstance(source, MeterSignal) for source in self._sources.values())
 
     def measure_due(self, progress: Progress, context: SignalContext) -> None:
-        """Measure what is due, in the order of the requests."""
+        """Measure what is due, in the order of the requests; on every rank, and where a clock has a say, when rank 0 does."""
         self.budget.train(progress)
         for name, pace in self._paces.items():
             price = self._prices.get(name, self.budget.price_of(FIRST_GUESS * self._probe_samples, progress))
-            if pace.is_due(progress) and (self._is_free(name) or self.budget.affords(price)):
+            measures = pace.is_due(progress) and (self._is_free(name) or self.budget.affords(price))
+            if pace.is_timed or (pace.is_due(progress) and self.budget.is_timed and not self._is_free(name)):
+                measures = distributed.from_rank_zero(measures)
+            if measures:
                 self.newest[name] = signal = self._ask(name, context)
                 self._prices[name] = self.budget.pay(signal.work)
                 pace.took_place(progress)
@@ -167,7 +170,7 @@ class SignalBook:
         try:
             return self._sources[name](context)
         except Exception as error:
-            if registry.is_strict():
+            if registry.is_strict() or isinstance(error, LostRankError):
                 raise
             note = f"{type(error).__name__}: {error}"
             warnings.warn(f"signal {name!r} failed at step {context.step}: {note}", PluginWarning, stacklevel=4)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
+from .distributed import Ranks
 from .evaluation import Evaluator, WeightlessError
 from .losses import logits_of
 
@@ -28,25 +29,28 @@ class Sketch:
         evaluator: Evaluator,
         batches: Sequence[Batch],
         share: float,
+        ranks: Ranks,
         *,
         session: Callable[[], AbstractContextManager[None]],
         spend: Callable[[str, float], None],
     ) -> None:
-        self._evaluator, self._batches, self.share = evaluator, batches, share
+        self._evaluator, self._batches, self.share, self._ranks = evaluator, batches, share, ranks
         self._session, self._spend = session, spend
         self._origin = evaluator.space.origin
 
     def probabilities(self) -> Tensor | None:
         """Mean softmax of the outputs, shape ``(num_outputs,)``; None where the model's output is not a tensor of scores."""
-        sums: list[Tensor] = []
-        with self._session(), torch.no_grad():
+        sums: list[Tensor | None] = []
+        with self._session(), torch.no_grad(), self._ranks.sharing("mean outputs"):
             for batch in self._seeded():
                 scores = self._with_scores(self._origin, batch, lambda scores: scores)
-                if scores is None:
-                    return None
-                sums.append(scores.softmax(1).sum(0))
+                sums.append(None if scores is None else scores.softmax(1).sum(0).cpu())
+        every = [entry for part in self._ranks.gather(sums) for entry in part]
+        known = [entry for entry in every if entry is not None]
+        if len(known) < len(every) or len({entry.shape for entry in known}) != 1:
+            return None
         self._spend("values", self.share)
-        return torch.stack(sums).sum(0)
+        return torch.stack(known).sum(0).to(self._origin.device)
 
     def gradient(self, direction: Tensor) -> Tensor | None:
         """Gradient of ``<direction, mean output>`` at the origin, shape ``(dim,)``; None where it does not exist.
@@ -54,21 +58,26 @@ class Sketch:
         Args:
             direction: shape ``(num_outputs,)``.
         """
-        gradient: Tensor | None = None
-        with self._session():
+        gradient = torch.zeros_like(self._origin)
+        with self._session(), self._ranks.sharing("a gradient of the outputs", (direction,)) as shared:
             leaf = self._origin.clone().requires_grad_()
 
             def differentiated(scores: Tensor) -> Tensor | None:
                 along = scores.sum(0) @ direction.to(scores)
                 return torch.autograd.grad(along, leaf, allow_unused=True)[0] if along.requires_grad else None
 
+            missing = 0
             for batch in self._seeded():
                 found = self._with_scores(leaf, batch, differentiated)
                 if found is None:
-                    return None
-                gradient = found if gradient is None else gradient.add_(found)
+                    missing = 1
+                    break
+                gradient += found
+            shared.numbers, shared.vector = [missing], gradient
+        if shared.numbers[0]:
+            return None
         self._spend("gradients", self.share)
-        return gradient
+        return shared.vector
 
     def _seeded(self) -> Any:
         for batch in self._batches:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -107,6 +107,18 @@ class ParameterSpace:
     def constants(self) -> list[str]:
         """Names of the parameters that are not perturbed."""
         return list(self._constants)
+
+    def constant(self, name: str) -> Tensor:
+        return self._constants[name]
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """The buffers that the model is evaluated with; not the model's own where they were set."""
+        return self._buffers
+
+    def set_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Evaluate with these instead."""
+        self._buffers |= {name: buffer.to(self._buffers[name]) for name, buffer in buffers.items()}
 
     def check(self, vector: Tensor, role: str) -> Tensor:
         """``vector`` in the dtype and device of the space.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAULTS",
+    "INVARIANCES",
     "KINDS",
     "SPEC",
     "CouplingSpec",
@@ -35,11 +36,13 @@ __all__ = [
     "Spec",
     "cause",
     "check_settings",
+    "check_types",
     "definition",
     "factory_settings",
     "is_loading",
     "loading",
     "maker",
+    "metric_invariances",
     "metric_name",
     "metric_settings",
     "spec_of",
@@ -48,6 +51,17 @@ __all__ = [
 _POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _POSITIONAL_ONLY = inspect.Parameter.POSITIONAL_ONLY
 SPEC = "__sharpness_metric__"  # where a decorated metric keeps its spec
+
+INVARIANCES: Mapping[str, str] = MappingProxyType(
+    {
+        "layer_rescaling": "a ReLU layer times a factor, and the next one's weights over it, change nothing (Dinh et al.)",
+        "neuron_permutation": "the neurons of a hidden layer in another order change nothing",
+        "batch_norm_scaling": "weights before a BatchNorm in batch mode times a factor change nothing",
+        "loss_scaling": "the loss times a factor multiplies the number by it",
+        "loss_invariance": "the loss times a factor changes nothing",
+    }
+)
+"""What a metric may claim by its attribute ``invariances``; ``testing.check_metric`` tries each on networks."""
 
 # What a plugin may raise without stopping the others. A module that calls sys.exit() on import is one; Ctrl-C is not.
 FAULTS = (Exception, SystemExit)
@@ -78,7 +92,11 @@ def loading() -> Iterator[None]:
 
 
 class Metric(Protocol):
-    """Anything callable like this; a frozen dataclass, as a rule, whose fields are its settings."""
+    """Anything callable like this; a frozen dataclass, as a rule, whose fields are its settings.
+
+    It may say what leaves its number as it is by an attribute ``invariances``, a set of names out of ``INVARIANCES``;
+    ``sharpness_plugins.testing.check_metric`` asks for it, and checks it along with everything else that users rely on.
+    """
 
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult: ...
 
@@ -186,11 +204,13 @@ class FunctionMetric:
 
     Attributes:
         settings: all of them; those not given have the function's defaults.
+        invariances: names out of ``INVARIANCES``; None where nothing is said of them.
     """
 
     function: Callable[..., Any]
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     name: str = ""
+    invariances: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         name = self.name or self.function.__name__
@@ -220,7 +240,7 @@ class FunctionMetric:
         holder = _find(module, qualname)
         if isinstance(holder, FunctionMetric) and holder.function is self.function:
             return _unpickled, (module, qualname, dict(self.settings))
-        return FunctionMetric, (self.function, dict(self.settings), self.name)
+        return FunctionMetric, (self.function, dict(self.settings), self.name, self.invariances)
 
 
 def _unpickled(module: str, qualname: str, settings: Mapping[str, Any]) -> FunctionMetric:
@@ -291,6 +311,39 @@ def check_settings(owner: str, given: Iterable[str], known: Mapping[str, Any]) -
         raise TypeError(f"{owner} needs {', '.join(missing)}. Settings: {shown}")
 
 
+def check_types(settings: Any) -> None:
+    """Refuse what the annotation of a dataclass field rules out: for ``__post_init__``, ahead of checks of the range.
+
+    ``int`` takes whole numbers, NumPy's too, ``float`` numbers but NaN, ``str`` text and ``bool`` truth values; "or None"
+    is understood, and any other annotation takes everything.
+
+    Raises:
+        TypeError: a setting has another type. ValueError: it is NaN.
+    """
+    for one in fields(settings):
+        value, words = getattr(settings, one.name), str(one.type).replace("|", " ").split()
+        expected = next((word for word in words if word in _TYPES), None)
+        if expected is None or not set(words) <= {*_TYPES, "None"} or (value is None and "None" in words):
+            continue
+        if not any(_TYPES[word][0](value) for word in words if word in _TYPES):
+            said = " or ".join([_TYPES[word][1] for word in words if word in _TYPES] + ["None"] * ("None" in words))
+            raise TypeError(f"{one.name} must be {said}, got {value!r}")
+        if value != value:
+            raise ValueError(f"{one.name} must be a number, got {value!r}")
+
+
+def _is_whole(value: Any) -> bool:
+    return not isinstance(value, bool) and hasattr(type(value), "__index__")
+
+
+_TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (_is_whole, "a whole number"),
+    "float": (lambda value: _is_whole(value) or isinstance(value, float), "a number"),
+    "str": (lambda value: isinstance(value, str), "text"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+}
+
+
 def spec_of(value: Any) -> Spec | None:
     """The spec that an object is or carries. By type, as ``getattr`` may wake a lazy module attribute or a proxy."""
     kind = type(value)
@@ -329,6 +382,25 @@ def metric_name(metric: object) -> str:
         return str(metric.__name__)
     cls = metric if isinstance(metric, type) else type(metric)
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
+
+
+def metric_invariances(metric: object) -> frozenset[str] | None:
+    """What the metric claims by its attribute ``invariances``; None where it says nothing.
+
+    Raises:
+        TypeError: that is no set of names. ValueError: a name is not one of ``INVARIANCES``.
+    """
+    claimed = getattr(metric, "invariances", None)
+    if claimed is None:
+        return None
+    if isinstance(claimed, str) or not isinstance(claimed, Iterable) or not all(isinstance(name, str) for name in claimed):
+        raise TypeError(f"invariances must be a set of names such as {{'neuron_permutation'}}, got {claimed!r}")
+    for name in claimed:
+        if name not in INVARIANCES:
+            raise ValueError(
+                f"{name!r} is no invariance.{did_you_mean(name, INVARIANCES)} There are {', '.join(INVARIANCES)}"
+            )
+    return frozenset(claimed)
 
 
 def metric_settings(metric: object) -> dict[str, Any]:

@@ -45,7 +45,9 @@ from sharpness_adapters.huggingface import (
     set_batch_size,
     train_in_phases,
 )
+from sharpness_adapters.plain import attach
 from sharpness_plugins import measure_sharpness
+from sharpness_plugins.controller import BatchController
 from sharpness_plugins.errors import LoaderError
 from sharpness_plugins.optimizers import perturbed
 from sharpness_plugins.probe import probe_batches
@@ -203,6 +205,24 @@ def test_trainers_log_is_a_sink_with_steps_samples_and_signals(tmp_path):
     json.dumps(trainer.state.log_history)
 
 
+def test_the_norm_of_the_gradient_and_the_surrogate_gap_come_by_themselves(tmp_path):
+    settings = {"max_grad_norm": 0.05, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    trainer = trainer_of(tmp_path / "plain", gpt(), texts(), **settings)
+    callback = SharpnessCallback(["fisher_trace"], every="1 step", budget=None, num_samples=8).attach(trainer)
+    trainer.train()
+    assert "gradient_norm" not in callback.history[0].values  # before the first step
+    norms = [made.values["gradient_norm"] for made in callback.history[1:]]
+    assert norms == pytest.approx([min(norm, 0.05) for norm in logged(trainer, "grad_norm")], rel=1e-3)  # as it was clipped
+    assert callback._gradients == []
+    trainer = trainer_of(tmp_path / "sam", gpt(), texts(), max_grad_norm=1e9)
+    callback = SharpnessCallback(["fisher_trace"], every="1 step", budget=None, num_samples=8).attach(trainer)
+    sam = SAMCallback(rho=0.5).attach(trainer)
+    trainer.train()
+    assert [made.values["gradient_norm"] for made in callback.history[1:]] == pytest.approx(logged(trainer, "grad_norm"))
+    assert callback.history[-1].values["surrogate_gap"] == sam.surrogate_gap()
+    assert logged(trainer, "sharpness/surrogate_gap")[-1] == sam.surrogate_gap()
+
+
 def test_it_measures_the_model_and_the_mean_over_examples_whatever_trainer_scales_its_loss_by(tmp_path):
     trainer = trainer_of(tmp_path, bert(), sentences(), gradient_accumulation_steps=2, max_steps=1, learning_rate=0.0)
     callback = SharpnessCallback([METRIC], every="1 step", budget=None, num_samples=NUM_SAMPLES).attach(trainer)
@@ -216,7 +236,8 @@ def test_it_measures_the_model_and_the_mean_over_examples_whatever_trainer_scale
     probe = probe_batches(trainer.get_train_dataloader(), NUM_SAMPLES)
     report = measure_sharpness(trainer.model, probe, [METRIC])
     assert list(callback.history[-1].values.values()) == [result.value for result in report.results.values()]
-    assert report.provenance["loss_rule"] == "model(**batch).loss, a cross-entropy"
+    rule = "model(**batch).loss, a cross-entropy"
+    assert report.provenance["loss_rule"] == callback.history[-1].loss_rule == rule
 
 
 def test_the_rule_of_a_language_model_is_the_next_token(tmp_path):
@@ -570,13 +591,21 @@ def test_what_must_know_the_trainer_says_so(tmp_path, callback):
         trainer.train()
 
 
-@pytest.mark.parametrize("engine", ["is_deepspeed_enabled", "is_fsdp_enabled"])
-def test_sharded_engines_are_refused_by_name(tmp_path, engine):
+@pytest.mark.parametrize(("engine", "name"), [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")])
+def test_sharded_engines_are_refused_by_name(tmp_path, engine, name):
     trainer = trainer_of(tmp_path, gpt(), texts())
     setattr(trainer, engine, True)
-    for attempt in (SAMCallback().attach, BatchSizeCallback("0:8").attach, lambda trainer: train_in_phases(trainer, "0:8")):
-        with pytest.raises(ValueError, match=r"DeepSpeed|FSDP"):
+    kinds = (SharpnessCallback(), SAMCallback(), BatchSizeCallback("0:8"))
+    attempts = {type(one).__name__: one.attach for one in kinds}
+    attempts["train_in_phases"] = lambda trainer: train_in_phases(trainer, "0:8")
+    for what, attempt in attempts.items():
+        with pytest.raises(ValueError, match=f"^{what} does not work with {name}, .*DistributedDataParallel$"):
             attempt(trainer)
+    wrapped = trainer_of(tmp_path, gpt(), texts())
+    wrapped.add_callback(SharpnessCallback([METRIC]))  # does not know the trainer, and sees the model
+    wrapped.model.__class__ = type("FullyShardedDataParallel", (type(wrapped.model),), {})
+    with pytest.raises(ValueError, match=r"^SharpnessCallback does not work with FSDP"):
+        wrapped.train()
 
 
 def test_two_of_a_kind_are_refused(tmp_path):
@@ -823,8 +852,75 @@ def test_the_batch_size_of_an_accelerate_loader_changes_between_passes(drop_last
         assert loader.total_batch_size == size
 
 
-def test_what_cannot_be_resized_is_refused():
+class RecordingSGD(torch.optim.SGD):
+    def step(self, closure=None):
+        self.rates.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+def accelerate_loop(*, accumulation=1, measured=False, schedule=None, epochs=3, batch_size=8):
+    """A loop of one's own, as Accelerate's users write it. Losses, sizes, rates, evaluations."""
     from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 2))
+    data = TensorDataset(torch.randn(NUM_SAMPLES, 1), torch.arange(NUM_SAMPLES) % 2)
+    inner = RecordingSGD(net.parameters(), lr=0.1, momentum=0.9)
+    inner.rates = []
+    given = net, inner, DataLoader(data, batch_size=batch_size, shuffle=True), DataLoader(data, batch_size=16)
+    model, optimizer, loader, evaluation = accelerator.prepare(*given)
+    sizes, losses, evaluated = [], [], []
+    controller = None if schedule is None else BatchController(schedule, optimizer.optimizer, num_samples=len(data))
+    settings = {"metrics": METRIC, "every": "1 step", "budget": None, "probe_samples": 8, "criterion": nn.CrossEntropyLoss()}
+    with attach(model, optimizer, loader, **settings) if measured else contextlib.nullcontext() as run:
+        for _ in range(epochs):
+            if controller is not None:
+                set_batch_size(loader, controller.decide().batch_size)
+            sizes.append([])
+            for x, y in loader:
+                sizes[-1].append(len(x))
+                with accelerator.accumulate(model):
+                    loss = F.cross_entropy(model(x), y)
+                    accelerator.backward(loss)
+                    losses.append(loss.item())
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if controller is not None:
+                    controller.advance(len(x) * accelerator.num_processes)
+            model.eval()
+            with torch.no_grad():
+                evaluated.append(sum(len(x) for x, _ in evaluation))
+            model.train()
+    history = [] if run is None else [(made.step, made.samples, made.epoch, dict(made.values)) for made in run.history]
+    found = {"losses": losses, "sizes": sizes, "rates": inner.rates, "evaluated": evaluated, "history": history}
+    if controller is not None:
+        found |= {"step": controller.step, "samples": controller.samples}
+    return {**found, "weights": weights(accelerator.unwrap_model(model)).tolist(), "rng": torch.get_rng_state().sum().item()}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_measuring_a_loop_of_accelerate_leaves_it_as_it_is(accumulation):
+    plain, measured = (accelerate_loop(accumulation=accumulation, measured=measured) for measured in (False, True))
+    history = measured.pop("history")
+    del plain["history"]
+    assert measured == plain
+    assert [entry[:3] for entry in history] == [
+        (n, 8 * accumulation * n, n * accumulation / 4) for n in range(1, 12 // accumulation + 1)
+    ]
+    assert all(entry[3]["gradient_norm"] > 0 for entry in history)
+
+
+def test_a_schedule_with_a_loader_of_accelerate_counts_exactly():
+    found = accelerate_loop(schedule="0:8 1ep:32 2ep:16", epochs=4)
+    assert found["sizes"] == [[8] * 4, [32], [16] * 2, [16] * 2]
+    assert found["rates"] == pytest.approx([0.1] * 4 + [0.4] + [0.2] * 4)
+    assert (found["step"], found["samples"]) == (9, 4 * NUM_SAMPLES)
+    assert found["evaluated"] == [NUM_SAMPLES] * 4
+
+
+def test_what_cannot_be_resized_is_refused(monkeypatch):
+    from accelerate import Accelerator, DistributedType, PartialState
 
     accelerator = Accelerator(cpu=True)
     with pytest.raises(ValueError, match="a batch of 0 cannot be shared out"):
@@ -832,6 +928,9 @@ def test_what_cannot_be_resized_is_refused():
     data = loaders(8).dataset
     own = DataLoader(data, batch_sampler=ResizableBatchSampler(NUM_SAMPLES, 8))
     with pytest.raises(LoaderError, match="come from a ResizableBatchSampler"):
+        set_batch_size(own, 16)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match=r"^set_batch_size does not work with DeepSpeed"):
         set_batch_size(own, 16)
 
 
@@ -906,6 +1005,9 @@ def on_two_ranks(folder: Path) -> dict:
         optimizer.step()
         optimizer.zero_grad()
     found["loop"] = weights(accelerator.unwrap_model(model)).tolist()
+    # a loop of one's own, measured and not, and with a schedule
+    found["plain"], found["measured"] = (accelerate_loop(measured=measured, batch_size=4) for measured in (False, True))
+    found["scheduled"] = accelerate_loop(schedule="0:8 1ep:32 2ep:16", epochs=4, batch_size=4)
     # and Trainer with all callbacks
     trainer = trainer_of(folder / "trainer", gpt(), texts(), per_device_train_batch_size=4, num_train_epochs=3)
     told = SharpnessCallback([METRIC], every="1ep", budget=None, num_samples=8).attach(trainer)
@@ -940,6 +1042,16 @@ def test_two_ranks(tmp_path):
     for size, first, second in zip((4, 8, 2), one["sampler"], two["sampler"], strict=True):
         assert [len(batch) for batch in first] == [len(batch) for batch in second] == [size] * (NUM_SAMPLES // size // 2)
         assert sorted(itertools.chain(*first, *second)) == list(range(NUM_SAMPLES))
+    for rank in (one, two):
+        history = rank["measured"].pop("history")
+        assert rank["plain"].pop("history") == []
+        assert rank["measured"] == rank["plain"]
+        assert [entry[:3] for entry in history] == [[n, 8 * n, n / 4] for n in range(1, 13)]
+        found = rank["scheduled"]
+        assert found["sizes"] == [[4] * 4, [16], [8] * 2, [8] * 2]
+        assert found["rates"] == pytest.approx([0.1] * 4 + [0.4] + [0.2] * 4)
+        assert (found["step"], found["samples"], found["evaluated"]) == (9, 4 * NUM_SAMPLES, [NUM_SAMPLES // 2] * 4)
+    assert one["scheduled"]["weights"] == two["scheduled"]["weights"]
     # the same on both ranks, and what one process does
     for name in ("loop", "weights", "rates", "history", "changes", "batches", "phases"):
         assert one[name] == two[name], name

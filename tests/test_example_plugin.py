@@ -130,3 +130,14 @@ answer = {
     assert got["values"][0] == pytest.approx(got["expected"], rel=1e-12)
     assert got["message"] == "value as returned by acme_gradient_norm"
     assert 0.3 * 1e-6 * got["curvature"] < got["values"][1] < 3 * 1e-6 * got["curvature"]
+
+
+def test_installed_metrics_conform(answer):
+    code = """
+from sharpness_plugins.testing import check_metric
+
+reports = [check_metric(name) for name in ("acme_gradient_norm", "acme:acme_average_rise")]
+answer = [[finding.property for finding in report.findings if finding.verdict == "held"] for report in reports]
+"""
+    for held in answer(code):
+        assert {"no_trace", "batching", "loss_scaling", "edge_cases", "bad_settings", "repr"} <= set(held)

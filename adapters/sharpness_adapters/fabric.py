@@ -2,84 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sharpness_plugins import distributed
 from sharpness_plugins.batches import count_samples, map_tensors
 from sharpness_plugins.controller import BatchController
 from sharpness_plugins.losses import unwrap
-from sharpness_plugins.monitor import CSVSink, JSONLSink, Measurement, SharpnessMonitor
+from sharpness_plugins.monitor import Measurement, gradient_norm
 from sharpness_plugins.optimizers import perturbed
-from sharpness_plugins.pacing import Pace
 from sharpness_plugins.probe import probe_batches
 from sharpness_plugins.schedules import Progress
 
-from .lightning import is_lightning_module, metrics_of, training_step_loss
 from .lightning_auto import auto_fabric_callbacks
+from .lightning_versions import check_lightning
+from .monitoring import Monitoring, values_of
+
+check_lightning("lightning.fabric", "sharpness_adapters.fabric")
 
 __all__ = ["FabricSharpnessCallback", "auto_fabric_callbacks", "backward", "batches", "sam_step"]
 
 
-class FabricSharpnessCallback:
+class FabricSharpnessCallback(Monitoring):
     """Measures in ``Fabric(callbacks=[...])``: its clock is the step of an optimizer that Fabric set up.
 
-    Every rank measures at the same steps; the values go to Fabric's loggers, and stay in ``monitor.history``.
+    Every rank measures at the same steps; the values go to Fabric's loggers, and stay in ``monitor.history``. With them go
+    ``gradient_norm``, the norm of the gradient that the last step took, and after ``sam_step`` its ``surrogate_gap``.
 
     Args:
-        loader: whose data set the probe is drawn from, or batches in a list. None takes rank 0's first ``num_samples`` that
-            ``fabric.call("on_train_batch_start", batch, batch_idx)`` shows, and measures from then on.
-        every: as for ``SharpnessMonitor``. Epochs are those that ``fabric.call("on_train_epoch_end")`` ends, and samples
-            those that ``on_train_batch_start`` shows.
-        metrics, budget, budget_in, num_samples, seed, batch_norm, csv, jsonl, prefix, loss_fn, criterion: as for
-            ``SharpnessCallback``; None as ``loss_fn`` is ``training_step_loss`` for a LightningModule, else core's rules.
+        every: as for ``SharpnessMonitor``. Steps that a ``GradScaler`` skips do not count. Epochs are those that
+            ``fabric.call("on_train_epoch_end")`` ends, and samples those that ``on_train_batch_start`` shows.
+        probe: a loader whose data set the probe is drawn from, or batches in a list. None takes rank 0's first
+            ``num_samples`` that ``fabric.call("on_train_batch_start", batch, batch_idx)`` shows, and measures from then on.
+        settings: the others of ``SharpnessCallback``. None as ``loss_fn`` is ``training_step_loss`` for a LightningModule,
+            else core's rules.
     """
 
-    def __init__(
-        self,
-        metrics: str | Sequence[Any] | Mapping[str, Any] | None = None,
-        every: str = "200 steps",
-        budget: float | None = 0.02,
-        num_samples: int = 512,
-        seed: int = 0,
-        batch_norm: str = "eval",
-        budget_in: str = "seconds",
-        csv: str | None = None,
-        jsonl: str | None = None,
-        prefix: str = "sharpness",
-        loader: Iterable[Any] | None = None,
-        loss_fn: Any = None,
-        criterion: Any = None,
-    ) -> None:
-        self._files = [kind(path) for kind, path in ((CSVSink, csv), (JSONLSink, jsonl)) if path is not None]
-        self.prefix, self._loader, self._num_samples, self._seed = prefix, loader, num_samples, seed
-        Pace(every)  # refused here rather than after the data were loaded
-        self._settings: dict[str, Any] = {
-            "metrics": metrics_of(metrics),
-            "every": every,
-            "budget": budget,
-            "budget_in": budget_in,
-            "batch_norm": batch_norm,
-            "seed": seed,
-            "criterion": criterion,
-        }
-        self._loss_fn = loss_fn
+    def __init__(self, metrics: Any = None, every: str = "200 steps", *, probe: Any = None, **settings: Any) -> None:
+        super().__init__(metrics, every, probe=probe, **settings)
         self._fabric: Any = None
         self._module: nn.Module | None = None
-        self.monitor: SharpnessMonitor | None = None
+        self._optimizer: Optimizer | None = None
+        self._has_stepped = False
         self._steps, self._epochs, self._samples, self._seen = 0, 0, 0.0, 0.0
         self._batches: list[Any] = []
-        self._saved: dict[str, Any] | None = None
 
     def on_after_setup(self, fabric: Any, module: nn.Module) -> None:
         """Called by ``fabric.setup``; of several modules the first is measured."""
-        if self._module is None:
-            self._fabric, self._module = fabric, module
-            if self._loader is not None:
-                self._make_monitor(probe_batches(self._loader, self._num_samples, seed=self._seed))
+        if self._module is not None:
+            return
+        self._fabric, self._module = fabric, module
+        held = weakref.WeakMethod(self._after_step)
+        handle = register_optimizer_step_post_hook(lambda optimizer, *_: (note := held()) and note(optimizer))
+        weakref.finalize(self, handle.remove)
+        if self.probe is not None:
+            self._begin(probe_batches(self.probe, self.num_samples, seed=self.seed))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int = 0) -> None:
         size = float(count_samples(batch) or 1)
@@ -87,13 +69,23 @@ class FabricSharpnessCallback:
         if self.monitor is None and self._module is not None:
             self._batches.append(batch)
             self._seen += size
-            if self._seen >= self._num_samples:
-                self._make_monitor(self._of_rank_zero(self._batches))
+            if self._seen >= self.num_samples:
+                self._begin(self._of_rank_zero(self._batches))
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        """Of any optimizer, where it was not skipped."""
+        if self._optimizer is None and self._module is not None:
+            trained = {id(parameter) for parameter in self._module.parameters()}
+            if any(id(parameter) in trained for group in optimizer.param_groups for parameter in group["params"]):
+                self._optimizer = optimizer
+        self._has_stepped |= optimizer is self._optimizer
 
     def on_after_optimizer_step(self, strategy: Any, optimizer: Optimizer) -> None:
         """Called by the ``step`` of an optimizer that Fabric set up."""
-        self._steps += 1
-        self._measure_if_due()
+        if self._has_stepped:
+            self._has_stepped = False
+            self._steps += 1
+            self._measure_if_due()
 
     def on_train_epoch_end(self) -> None:
         self._epochs += 1
@@ -116,16 +108,17 @@ class FabricSharpnessCallback:
         on_cpu = distributed.from_rank_zero([map_tensors(batch, lambda tensor: tensor.cpu()) for batch in batches])
         return [self._fabric.to_device(batch) for batch in on_cpu]
 
-    def _make_monitor(self, probe: list[Any]) -> None:
+    def _begin(self, probe: list[Any]) -> None:
         assert self._module is not None
         module, _ = unwrap(self._module)
-        loss_fn = self._loss_fn
-        if loss_fn is None and self._settings["criterion"] is None and is_lightning_module(module):
-            loss_fn = training_step_loss
-        sinks = [*(self._files if distributed.rank() == 0 else ()), self._log]
-        self.monitor = SharpnessMonitor(module, probe, loss_fn=loss_fn, sinks=sinks, **self._settings)
+        signals = {"gradient_norm": gradient_norm(module.parameters()), "surrogate_gap": self._gap}
+        self.monitor = self._make_monitor(module, probe, self._log, signals)
         self._batches = []
         self._restore()
+
+    def _gap(self) -> float | None:
+        gap = None if self._optimizer is None else _gaps.get(self._optimizer)
+        return None if gap is None else distributed.sum_of(float(gap)) / distributed.world_size()
 
     def _restore(self) -> None:
         if self.monitor is not None and self._saved is not None:
@@ -140,8 +133,10 @@ class FabricSharpnessCallback:
 
     def _log(self, measurement: Measurement) -> None:
         if getattr(self._fabric, "loggers", None):
-            values = {f"{self.prefix}/{name}": value for name, value in measurement.values.items()}
-            self._fabric.log_dict(values, step=measurement.step)
+            self._fabric.log_dict(values_of(measurement, self.prefix), step=measurement.step)
+
+
+_gaps: weakref.WeakKeyDictionary[Optimizer, Tensor] = weakref.WeakKeyDictionary()
 
 
 def sam_step(
@@ -151,19 +146,28 @@ def sam_step(
     *,
     adaptive: bool = False,
     module: nn.Module,
+    clip: Callable[[], object] | None = None,
 ) -> Tensor | None:
     """A sharpness-aware step: ``closure`` runs forward and ``fabric.backward`` for all micro-batches of a step, twice.
 
-    The gradients before it must be zero or None; they are the second ones afterwards. What clips them is the last thing of
-    ``closure``, which then clips both. Under a ``GradScaler`` both passes are scaled, which the move does not see.
+    The gradients before it must be zero or None; they are the second ones afterwards. Under a ``GradScaler`` both passes are
+    scaled, which the move does not see, and the step is skipped where one of them overflows.
 
+    Args:
+        closure: returns the loss, of which the ``surrogate_gap`` of a ``FabricSharpnessCallback`` is made, or None.
+        clip: called before the step, ``lambda: fabric.clip_gradients(module, optimizer, max_norm=1.0)``; clips the second
+            gradient only.
     Returns:
         what ``closure`` returned the first time, the loss at the weights.
     """
     loss = closure()
     inner, _ = unwrap(module)
     with perturbed(inner.parameters(), rho, adaptive=adaptive, module=inner):
-        closure()
+        uphill = closure()
+    if clip is not None:
+        clip()
+    if loss is not None and uphill is not None:
+        _gaps[getattr(optimizer, "optimizer", optimizer)] = uphill.detach() - loss.detach()
     optimizer.step()
     return loss
 
@@ -186,7 +190,9 @@ def batches(fabric: Any, controller: BatchController, loader: Iterable[Any], mod
 
 def backward(fabric: Any, controller: BatchController, loss: Tensor) -> None:
     """``controller.backward(loss)`` through ``fabric.backward``, which mixed precision asks for."""
-    controller.backward(_Loss(fabric, loss))  # type: ignore[arg-type]
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    scale = 1.0 if scaler is None else float(scaler.get_scale())
+    controller.backward(_Loss(fabric, loss), scale=scale)  # type: ignore[arg-type]
 
 
 class _Loss:

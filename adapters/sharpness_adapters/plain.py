@@ -17,17 +17,19 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from sharpness_plugins import distributed, registry
+from sharpness_plugins import distributed
 from sharpness_plugins.batches import count_samples
-from sharpness_plugins.controller import BatchChange, BatchController
+from sharpness_plugins.controller import BatchChange, BatchController, as_schedule
 from sharpness_plugins.errors import LoaderError, MeasurementWarning
-from sharpness_plugins.measure import Metrics
+from sharpness_plugins.measure import Metrics, resolve_metrics
 from sharpness_plugins.monitor import CSVSink, JSONLSink, Measurement, Reading, SharpnessMonitor, Sink, gradient_norm
 from sharpness_plugins.noise_scale import NoiseScaleMeter
 from sharpness_plugins.probe import probe_batches
 from sharpness_plugins.samplers import ResizableLoader
-from sharpness_plugins.schedules import BatchSchedule, Progress, parse_schedule, sizes
+from sharpness_plugins.schedules import BatchSchedule, Progress, sizes
 from sharpness_plugins.space import Select
+
+from .sharded import refuse_sharded
 
 if TYPE_CHECKING:
     from sharpness_plugins.losses import LossFn
@@ -100,11 +102,13 @@ def attach(
         coupling, scheduler, on_change: as for ``BatchController``.
     Raises:
         LoaderError: a loader whose batch size cannot be changed; one that no probe can be drawn from.
-        UnknownNameError, ValueError, TypeError: bad settings, before anything is touched.
+        UnknownNameError, ValueError, TypeError: bad settings, before anything is touched; a sharded model (FSDP).
     """
     if probe is loader:
         raise ValueError("the probe is the training loader, which measuring would disturb. Leave it out, or pass another")
-    wish = parse_schedule(schedule, registry.schedule_factories()) if isinstance(schedule, str) else schedule
+    refuse_sharded(model, "attach")
+    optimizer = _stepping(optimizer)
+    wish = None if schedule is None else as_schedule(schedule)
     if wish is not None:
         _check_resizable(loader)
         if not isinstance(optimizer, Optimizer):
@@ -112,9 +116,11 @@ def attach(
                 f"a {type(optimizer).__name__} runs no step hooks, so its learning rate cannot follow the batch size: "
                 "attach to the optimizer that it wraps"
             )
-    if signals is None:
-        signals = {"gradient_norm": gradient_norm(optimizer if isinstance(optimizer, Optimizer) else model.parameters())}
     measures = metrics is None or callable(metrics) or isinstance(metrics, str) or bool(metrics)
+    chosen = resolve_metrics(metrics) if measures else {}
+    if signals is None:
+        own = {"gradient_norm": gradient_norm(optimizer if isinstance(optimizer, Optimizer) else model.parameters())}
+        signals = {name: read for name, read in own.items() if name not in chosen}
     if probe is None and (measures or (wish is not None and wish.signals)):
         known = None if wish is None else sizes(wish)  # the largest batch fits, and small ones are slow
         probe = probe_batches(
@@ -123,7 +129,7 @@ def attach(
     monitor = SharpnessMonitor(
         model,
         () if probe is None else probe,
-        metrics,
+        chosen,
         every=every,
         budget=budget,
         budget_in=budget_in,
@@ -161,6 +167,21 @@ def attach(
         run._warn()
     finally:
         run._detach()
+
+
+def _stepping(optimizer: Optimizer) -> Optimizer:
+    """The one whose steps run hooks: Accelerate's wrapper, which looks like one, has no place for them."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, Optimizer) and not hasattr(optimizer, "_optimizer_step_post_hooks") else optimizer
+
+
+def _become(thing: object, kind: type) -> None:
+    """Set its class, also where that shows another one, as Accelerate's loaders do.
+
+    Raises:
+        TypeError: it cannot have this class.
+    """
+    object.__dict__["__class__"].__set__(thing, kind)
 
 
 def _file_sink(path: _Path) -> Sink:
@@ -384,7 +405,7 @@ class Run:
             body |= {"__iter__": deliver_resized, "__len__": length}
         try:
             stand_in = types.new_class(kind.__name__, (kind,), exec_body=lambda own: own.update(body))
-            object.__setattr__(loader, "__class__", stand_in)
+            _become(loader, stand_in)
         except TypeError:  # a list, a generator: nothing to stand in for
             return _Counting(loader, self._counted)
         return loader
@@ -433,7 +454,7 @@ class Run:
         if self.controller is not None:
             self.controller.detach()
         if self.loader is self._given:
-            object.__setattr__(self._given, "__class__", self._kind)
+            _become(self._given, self._kind)
 
 
 def _is_training() -> bool:

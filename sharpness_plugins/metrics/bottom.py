@@ -13,6 +13,8 @@ from ..krylov_pass import KrylovNeed, KrylovPass, measure_alone
 from ..objective import Objective
 from ..operators import Curvature
 from ..report import Kind, MetricResult, Status
+from ..specs import check_types
+from .claims import of_curvature
 from .eigenpairs import topk_request, topk_result
 
 __all__ = ["HessianBottom"]
@@ -51,9 +53,14 @@ class HessianBottom:
     name: ClassVar[str] = "hessian_bottom"
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.certify and self.k != 1:
             raise ValueError(f"bounds are of the smallest eigenvalue only; pass certify=True for k = {self.k} of them")
         self.krylov_need()
+
+    @property
+    def invariances(self) -> frozenset[str]:
+        return of_curvature(self.adaptive)
 
     def expected_passes(self, objective: Objective) -> float:
         return float(min(50 * self.k if self.certify else self.num_matvecs or 20, objective.dim))

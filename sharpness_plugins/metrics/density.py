@@ -14,6 +14,8 @@ from ..krylov_pass import KrylovNeed, KrylovPass, measure_alone
 from ..objective import Objective
 from ..operators import Curvature
 from ..report import Kind, MetricResult, Status
+from ..specs import check_types
+from .claims import of_curvature
 
 __all__ = ["SpectralDensity"]
 
@@ -57,6 +59,7 @@ class SpectralDensity:
     name: ClassVar[str] = "spectral_density"
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.num_nodes < 2:
             raise ValueError(f"num_nodes must be at least 2, got {self.num_nodes}")
         if self.num_points < 2:
@@ -64,6 +67,10 @@ class SpectralDensity:
         if self.width is not None and not 0 < self.width < math.inf:
             raise ValueError(f"width must be None or a positive number, got {self.width}")
         self.krylov_need()
+
+    @property
+    def invariances(self) -> frozenset[str]:
+        return of_curvature(self.adaptive)
 
     def expected_passes(self, objective: Objective) -> float:
         return float(min(self.num_nodes, objective.dim))

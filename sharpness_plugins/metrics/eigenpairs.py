@@ -13,6 +13,8 @@ from ..krylov_pass import KrylovNeed, KrylovPass, measure_alone
 from ..objective import Objective
 from ..operators import Curvature
 from ..report import Kind, MetricResult, Status
+from ..specs import check_types
+from .claims import of_curvature
 
 __all__ = ["AdaptiveTopK", "GaussNewtonTopK", "topk_request", "topk_result"]
 
@@ -69,6 +71,7 @@ class _TopKMetric(ABC):
     select: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         self.krylov_need()
 
     def expected_passes(self, objective: Objective) -> float:
@@ -76,6 +79,10 @@ class _TopKMetric(ABC):
 
     @abstractmethod
     def _curvature(self) -> Curvature: ...
+
+    @property
+    def invariances(self) -> frozenset[str]:
+        return of_curvature(self._curvature().adaptive)
 
     def krylov_need(self) -> KrylovNeed | None:
         return KrylovNeed(self._curvature(), topk_request(self.k, self.tolerance, self.num_matvecs))

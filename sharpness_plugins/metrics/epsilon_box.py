@@ -15,7 +15,9 @@ from ..maximizers import Maximizer, MultiStart, park, unpark
 from ..objective import Objective
 from ..regions import Box
 from ..report import MetricResult, Status
+from ..specs import check_types
 from . import keskar, starts
+from .claims import OF_THE_BOX
 from .starts import Starts
 
 __all__ = ["EpsilonBox"]
@@ -57,8 +59,10 @@ class EpsilonBox:
     eigenvectors: int = 0
 
     name: ClassVar[str] = "epsilon_box"
+    invariances: ClassVar[frozenset[str]] = OF_THE_BOX
 
     def __post_init__(self) -> None:
+        check_types(self)
         keskar.check_epsilon(self.epsilon)
         keskar.solver(self.maximizer)
         if self.max_targets < 0:

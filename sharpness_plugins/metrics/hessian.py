@@ -12,6 +12,8 @@ from ..krylov_pass import KrylovNeed, KrylovPass, measure_alone
 from ..objective import Objective
 from ..operators import Curvature
 from ..report import Kind, MetricResult, Status
+from ..specs import check_types
+from .claims import of_curvature
 
 __all__ = ["HessianTopK"]
 
@@ -60,8 +62,10 @@ class HessianTopK:
     select: str | tuple[str, ...] | None = None
 
     name: ClassVar[str] = "hessian_topk"
+    invariances: ClassVar[frozenset[str]] = of_curvature(adaptive=False)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.which not in WHICH:
             raise ValueError(f"which must be one of {WHICH}, got {self.which!r}")
         self.krylov_need()

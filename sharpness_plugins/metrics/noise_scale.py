@@ -19,6 +19,8 @@ from ..micro_batches import Part
 from ..noise_scale import NoiseScaleEstimate
 from ..objective import Objective
 from ..report import Kind, MetricResult, Status
+from ..specs import check_types
+from .claims import of_curvature
 
 __all__ = ["POPULATIONS", "GradientNoiseScale"]
 
@@ -64,8 +66,10 @@ class GradientNoiseScale:
     inner_product: bool = False
 
     name: ClassVar[str] = "gradient_noise_scale"
+    invariances: ClassVar[frozenset[str]] = of_curvature(adaptive=False, loss="loss_invariance")
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be at least 1, or None for single samples, got {self.micro_batch_size}")
         if self.population not in POPULATIONS:
@@ -80,6 +84,7 @@ class GradientNoiseScale:
             _, gradient = objective.value_and_grad()
             sums = DeviationSums(gradient, objective.num_samples, groups.total_weight)
             groups.sweep(sums.add)
+            sums.add_up(objective.ranks)
             if not math.isfinite(sums.residual):
                 return MetricResult.failed("the gradient of some sample is not finite")
             if sums.residual > _SAME[gradient.dtype]:
@@ -89,6 +94,7 @@ class GradientNoiseScale:
                 )
             if self.inner_product:
                 groups.sweep(sums.add_again)
+                sums.add_up_again(objective.ranks)
         estimate = sums.estimate()
         details = self._details(estimate, gradient, objective.num_samples, sums.num_groups, groups)
         if self.population == "samples":

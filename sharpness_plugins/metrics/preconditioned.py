@@ -15,6 +15,8 @@ from ..krylov_pass import KrylovNeed, KrylovPass
 from ..objective import Objective
 from ..operators import Curvature
 from ..report import MetricResult
+from ..specs import check_types
+from .claims import of_curvature
 from .eigenpairs import topk_request, topk_result
 
 __all__ = ["PreconditionedTopK", "Preconditioner", "preconditioner_of"]
@@ -67,8 +69,10 @@ class PreconditionedTopK:
     hvp: str | None = None
 
     name: ClassVar[str] = "preconditioned_topk"
+    invariances: ClassVar[frozenset[str]] = of_curvature(adaptive=False)
 
     def __post_init__(self) -> None:
+        check_types(self)
         _unwrapped(self.optimizer)
         self._need()
 

@@ -14,8 +14,10 @@ from ..maximizers import Ascent, Maximizer, MultiStart
 from ..objective import Objective
 from ..regions import Box, Subspace
 from ..report import Kind, MetricResult, Status
+from ..specs import check_types
 from ..subspace import SignSubspace
 from . import keskar
+from .claims import OF_THE_BOX
 
 __all__ = ["COLUMN_SCALES", "RandomSubspace"]
 
@@ -55,8 +57,10 @@ class RandomSubspace:
     maximizer: Maximizer | str = field(default_factory=_default_maximizer)
 
     name: ClassVar[str] = "random_subspace"
+    invariances: ClassVar[frozenset[str]] = OF_THE_BOX
 
     def __post_init__(self) -> None:
+        check_types(self)
         keskar.check_epsilon(self.epsilon)
         keskar.solver(self.maximizer)
         if self.dim < 1:

@@ -13,7 +13,9 @@ from ..krylov_pass import KrylovNeed, KrylovPass, measure_alone
 from ..objective import Objective
 from ..operators import Curvature, Operator
 from ..report import Kind, MetricResult, Status
+from ..specs import check_types
 from ..traces import Estimate, Probes, hutch_pp, xtrace
+from .claims import of_curvature
 
 __all__ = ["TRACE_METHODS", "FisherTrace", "GaussNewtonTrace", "HessianFrobenius", "HessianTrace"]
 
@@ -34,6 +36,7 @@ class _TraceMetric(ABC):
     adaptive: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_settings(self.num_matvecs, self.method)
         self._curvature()
 
@@ -42,6 +45,10 @@ class _TraceMetric(ABC):
 
     @abstractmethod
     def _curvature(self) -> Curvature: ...
+
+    @property
+    def invariances(self) -> frozenset[str]:
+        return of_curvature(self.adaptive)
 
     def krylov_need(self) -> KrylovNeed | None:
         return KrylovNeed(self._curvature(), num_steps=self.num_matvecs // 2) if self.method == "deflated" else None
@@ -132,6 +139,11 @@ class FisherTrace(_TraceMetric):
 
     name: ClassVar[str] = "fisher_trace"
 
+    @property
+    def invariances(self) -> frozenset[str]:
+        """Nothing of the loss: with the labels of the data it is quadratic, and a scaled one has no labels of its own."""
+        return of_curvature(self.adaptive, loss=None)
+
     def _curvature(self) -> Curvature:
         if self.labels not in LABELS:
             raise ValueError(f"labels must be one of {LABELS}, got {self.labels!r}")
@@ -154,7 +166,12 @@ class HessianFrobenius:
 
     name: ClassVar[str] = "hessian_frobenius"
 
+    @property
+    def invariances(self) -> frozenset[str]:
+        return of_curvature(self.adaptive)
+
     def __post_init__(self) -> None:
+        check_types(self)
         check_settings(self.num_matvecs, "deflated")
         self._curvature()
 

@@ -275,6 +275,7 @@ class Monotone(_Wrapper):
     schedule: BatchSchedule
 
     name: ClassVar[str] = "monotone"
+    monotone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         is_schedule("Monotone", self.schedule)

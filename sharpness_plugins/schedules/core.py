@@ -89,8 +89,9 @@ class BatchSchedule(Protocol):
 
     ``initial`` answers for the beginning, with the first memory; each call is given the memory of the answer before. It need
     not be called at every step, and called twice with the same it answers the same. Durations count from the beginning of
-    training. One that knows its smallest and largest batch size says so by an attribute ``sizes``, a pair; one that looks at
-    dear signals, by ``budget``, which share of training measuring them may take.
+    training. One that knows its smallest and largest batch size says so by an attribute ``sizes``, a pair; one that never
+    goes back, by ``monotone``; one that looks at dear signals, by ``budget``, which share of training measuring them may
+    take. ``testing.check_schedule`` holds it to all of this.
 
     Attributes:
         signals: names of the signals it looks at, which are then measured, mapped to how often: a duration such as

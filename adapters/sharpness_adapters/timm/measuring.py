@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask, TrainingTask
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from sharpness_plugins import distributed
 from sharpness_plugins.batches import map_tensors
 from sharpness_plugins.losses import unwrap
 from sharpness_plugins.measure import resolve_metrics
-from sharpness_plugins.monitor import CSVSink, JSONLSink, Measurement, SharpnessMonitor, Sink
+from sharpness_plugins.monitor import CSVSink, JSONLSink, Measurement, Reading, SharpnessMonitor, Sink, gradient_norm
 from sharpness_plugins.registry import get_metric
 from sharpness_plugins.schedules import Duration, Progress
 from sharpness_plugins.texts import name_and_settings
@@ -231,17 +230,17 @@ class TaskMonitor:
         return not self._recorder.keep_inputs
 
     def _open(self, optimizer: Optimizer, task: TrainingTask) -> None:
-        second_pass = second_pass_of(optimizer)
+        # of the step that was just taken: clipped, and SAM's, where there is such
+        signals: dict[str, Reading] = {"gradient_norm": gradient_norm(optimizer)}
+        if (second_pass := second_pass_of(optimizer)) is not None:
+            signals["surrogate_gap"] = second_pass.surrogate_gap
         self.monitor = SharpnessMonitor(
             probe=self._probe,
             metrics=self._metrics,
             every=self.settings.every,
             budget=self.settings.budget,
             seed=self.settings.seed,
-            signals={
-                "gradient_norm": lambda: _gradient_norm(optimizer),
-                **({} if second_pass is None else {"surrogate_gap": second_pass.surrogate_gap}),
-            },
+            signals={name: read for name, read in signals.items() if name not in self._metrics},
             sinks=self.settings.sinks(),
             **measured(task),
         )
@@ -260,12 +259,6 @@ class TaskMonitor:
 
 def _aside(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
-
-
-def _gradient_norm(optimizer: Optimizer) -> float:
-    """Of the gradient of the step that was just taken: clipped, and SAM's, where there is such."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return torch.stack([gradient.norm(dtype=torch.float64) for gradient in gradients]).norm().item() if gradients else 0.0
 
 
 def _counts_epochs(every: str) -> bool:

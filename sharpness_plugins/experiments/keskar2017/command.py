@@ -137,11 +137,12 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _device(asked: str | None, settings: Settings, local_rank: int) -> str:
+    """With several ranks each takes a GPU of its own, as far as there are enough."""
     import torch
 
-    if asked is not None:
-        return asked
-    if settings.data.startswith("digits") or not torch.cuda.is_available():
+    if asked not in (None, "cuda"):
+        return str(asked)
+    if not torch.cuda.is_available() or (asked is None and settings.data.startswith("digits")):
         return "cpu"
     return f"cuda:{local_rank % torch.cuda.device_count()}"
 

@@ -137,12 +137,12 @@ def _spectra(record: Record) -> list[str]:
         top = record.paired(study, top_eigenvalue)
         if counts is None or top is None or not all(math.isfinite(v) for values in shares for v in values):
             continue
+        near_zero = " % against ".join(f"{100 * statistics.fmean(values):.1f}" for values in shares)
         said.append(
             f"{_where(study)}, the largest eigenvalue of the Hessian is higher for the large batch in {top.count(1)} of "
             f"{top.num_seeds} seeds{_times(top)}; there are {statistics.fmean(counts.other):.1f} eigenvalues above "
-            f"{large:.3g} against {statistics.fmean(counts.reference):.1f}, and "
-            f"{' % against '.join(f'{100 * statistics.fmean(values):.1f}' for values in shares)} % within {near:.2g} of zero: more large ones is "
-            f"{counts.verdict(1)}."
+            f"{large:.3g} against {statistics.fmean(counts.reference):.1f} ({counts.verdict(1)}), and "
+            f"{near_zero} % lie within {near:.2g} of zero."
         )
     return said
 
@@ -165,15 +165,11 @@ def _cones(record: Record) -> list[str]:
         if cones:
             random = statistics.fmean(cone.random_share for cone in cones)
             top = statistics.fmean(cone.top_share for cone in cones)
-            verdict = (
-                "do not resemble a cone, as the paper says"
-                if random < 0.5 < top or 2 * random < top
-                else ("are NOT told from a cone by this test")
-            )
+            unlike = "do not resemble a cone, as the paper says" if 2 * random < top else "are NOT told from a cone"
             return [
                 f"At a distance of {statistics.fmean(cone.radius for cone in cones):.2g} from the large batch's minima the "
                 f"loss rises steeply (by {cones[0].steep:g} % or more) along {100 * random:.1f} % of random directions and "
-                f"{100 * top:.0f} % of the {len(cones[0].top_rises)} leading eigenvectors: they {verdict}."
+                f"{100 * top:.0f} % of the {len(cones[0].top_rises)} leading eigenvectors: they {unlike}."
             ]
     return []
 
@@ -278,7 +274,7 @@ def _disagreements(record: Record) -> list[str]:
             said.append(
                 f"Orders disagree on {name}: by {_protocol(reference)}, the large batch's is {_against(name, first)}; "
                 f"{words}, it is {_against(name, second)}. Which looks better depends on what is held equal "
-                f"(training losses {_losses(record, reference)} and {_losses(record, study)})."
+                f"(training losses: {_losses(record, reference)}, against {_losses(record, study)})."
             )
     for study in (reference, *CONTROLS):
         if study not in record.studies:
@@ -300,7 +296,7 @@ def _protocol(study: str) -> str:
 
 def _losses(record: Record, study: str) -> str:
     small, large = (_mean(record.values(study, role, train_loss)) for role in ("small", "large"))
-    return f"{small:.2g} and {large:.2g}"
+    return f"{small:.2g} for the small and {large:.2g} for the large batch"
 
 
 def _diverged(record: Record) -> list[str]:
@@ -318,8 +314,8 @@ def _limits(record: Record) -> list[str]:
     if next(iter(record.problems.values())).network in ("R", "A"):
         said.append(
             "This is a small network on small data: the paper's orders can be compared with it, its values cannot. The gap "
-            "in accuracy needs few samples and a deep network here; with BatchNorm, convolutions or two hidden layers it did "
-            "not show on the same data, sharper minima did."
+            "in accuracy needs few samples and a deep network here; with BatchNorm, convolutions or two hidden layers it "
+            "did not show on the same data, sharper minima did."
         )
     said.append(
         "Sharpness is a correlate of generalization, not a cause: a larger learning rate, for one, can lower it and leave "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from sharpness_plugins import Kind, MetricResult, Status, metric
 
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from sharpness_plugins import Objective
 
 
-@metric("acme_gradient_norm")
+@metric("acme_gradient_norm", invariances=["neuron_permutation", "loss_scaling"])
 def gradient_norm(objective: Objective, *, order: float = 2.0) -> float:
     """Norm of the gradient at the trained weights: how far from a minimum they are."""
+    if not (isinstance(order, (int, float)) and order > 0):
+        raise ValueError(f"order must be a positive number, got {order!r}")
     _, gradient = objective.value_and_grad()
     return float(gradient.norm(order))
 
@@ -34,9 +36,13 @@ class AverageRise:
     sigma: float = 1e-3
     num_draws: int = 10
 
+    invariances: ClassVar[frozenset[str]] = frozenset({"neuron_permutation", "loss_scaling"})  # testing.check_metric checks
+
     def __post_init__(self) -> None:
-        if not (self.sigma > 0 and self.num_draws >= 2):
-            raise ValueError(f"needs sigma > 0 and num_draws >= 2; got {self.sigma} and {self.num_draws}")
+        if not (isinstance(self.sigma, (int, float)) and self.sigma > 0):
+            raise ValueError(f"sigma must be a positive number, got {self.sigma!r}")
+        if not (isinstance(self.num_draws, int) and self.num_draws >= 2):
+            raise ValueError(f"num_draws must be a whole number from 2, got {self.num_draws!r}")
 
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
         import torch  # here, so that listing the metrics stays fast

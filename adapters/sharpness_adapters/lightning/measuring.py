@@ -1,0 +1,159 @@
+"""Measuring as a callback, with values that other callbacks can monitor."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+
+from sharpness_plugins.errors import PluginWarning
+from sharpness_plugins.monitor import Measurement, SharpnessMonitor, gradient_norm
+from sharpness_plugins.schedules import Progress
+
+from ..monitoring import Monitoring, values_of
+from .probing import transferred_probe
+from .sam import SAMCallback
+from .sizes import BatchSizeCallback
+from .trainer import Groups, check_trainer, epoch_after
+
+__all__ = ["SharpnessCallback"]
+
+
+class SharpnessCallback(Monitoring, Callback):
+    """Measures sharpness during ``fit``, and once on the validation data in ``validate``.
+
+    Training with it is training without it, bit for bit. Every rank measures at the same steps, on the same probe. The
+    values go to the trainer's loggers when they are measured, and as ``sharpness/<metric>`` to ``log`` in every epoch,
+    so that ``ModelCheckpoint(monitor="sharpness/hessian_topk")`` and ``EarlyStopping`` find them.
+
+    With them go ``gradient_norm``, the norm of the gradient that the last step took (with a ``SAMCallback`` of the first of
+    its two), the ``surrogate_gap`` of a ``SAMCallback``, and the ``noise_scale`` that a ``BatchSizeCallback`` looks at.
+
+    Args:
+        metrics: as for ``measure_sharpness``; a name may carry settings, ``"hessian_topk:k=1"``.
+        every, budget, budget_in, batch_norm, seed, criterion, signals: as for ``SharpnessMonitor``. The first measurement is
+            made before the first step, whatever the budget, which waits with the next one.
+        loss_fn: None for ``training_step_loss``, unless there is a ``criterion``.
+        num_samples: of the probe, drawn once from the training data and passed through the module's transfer hooks.
+        probe: batches or a loader to draw it from; None for the training loader's data set.
+        csv, jsonl: files to append to.
+        sinks: callables that are told of each measurement, on every rank.
+        prefix: of the names that are logged, which also tells two of these callbacks apart in a checkpoint.
+    Attributes:
+        monitor: the ``SharpnessMonitor``; None before training.
+        is_optional: of an automatic one: a training loader that no probe can be drawn from is a warning only, and it stands
+            aside where the user has a ``SharpnessCallback``.
+    """
+
+    is_optional = False
+
+    @cached_property
+    def _groups(self) -> Groups:
+        return Groups()
+
+    @property
+    def state_key(self) -> str:
+        return f"SharpnessCallback[{self.prefix}]{' (automatic)' if self.is_optional else ''}"
+
+    def _stands_aside(self, trainer: Any) -> bool:
+        given = [one for one in trainer.callbacks if isinstance(one, SharpnessCallback) and not one.is_optional]
+        return self.is_optional and bool(given)
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        check_trainer(self, trainer, steps=False)
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        if self._stands_aside(trainer):
+            return
+        if self._saved is None and trainer.global_step and self.monitor is not None:
+            self._saved = self.state_dict()  # fit goes on where another fit of this trainer ended
+        self._groups.begin(trainer)
+        try:
+            self.monitor = self._monitor(trainer, pl_module, trainer.train_dataloader)
+        except Exception as error:
+            if not self.is_optional:
+                raise
+            warnings.warn(f"no sharpness is measured: {type(error).__name__}: {error}", PluginWarning, stacklevel=2)
+            return
+        if self._saved is not None:
+            self.monitor.load_state_dict(self._saved["monitor"])
+            self._groups.samples = float(self._saved["samples"])
+            self._saved = None
+        if not self.monitor.history:  # whatever the budget: who monitors a value must find one
+            progress = Progress(trainer.global_step, round(self._groups.samples), float(trainer.current_epoch), 0, 0)
+            self.monitor.measure(progress)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._groups.end_batch(trainer, batch) is not None and self.monitor is not None:
+            self._measure_if_due(trainer, epoch_after(trainer, batch_idx))
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING and not self._stands_aside(trainer):
+            with torch.inference_mode(False):  # around the loader, too: inference tensors have no backward
+                monitor = self._monitor(trainer, pl_module, trainer.val_dataloaders)
+                progress = Progress(trainer.global_step, round(self._groups.samples), None, 0, 0)
+                monitor.measure(progress)
+            self.monitor = monitor
+        if not trainer.sanity_checking:
+            self._log(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.monitor is None:
+            return self._saved or {}
+        return {"monitor": self.monitor.state_dict(), "samples": self._groups.samples}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = dict(state_dict) or None
+
+    def _monitor(self, trainer: Any, module: LightningModule, loader: Any) -> SharpnessMonitor:
+        probe = transferred_probe(trainer, module, loader if self.probe is None else self.probe, self.num_samples, self.seed)
+        return self._make_monitor(module, probe, _LoggerSink(trainer, self.prefix), _free_signals(trainer, module))
+
+    def _measure_if_due(self, trainer: Any, epoch: float) -> None:
+        assert self.monitor is not None
+        progress = Progress(
+            trainer.global_step,
+            round(self._groups.samples),
+            epoch,
+            round(self._groups.samples / trainer.global_step) if trainer.global_step else 0,
+            0,
+        )
+        self.monitor.measure_if_due(progress)
+
+    def _log(self, trainer: Any, module: LightningModule) -> None:
+        """The last value, in every epoch: a monitor of ours is then never missing."""
+        if self.last is None:
+            return
+        logger = None if trainer.state.fn == TrainerFn.VALIDATING else False  # in fit the loggers have had it
+        for name, value in self.last.values.items():
+            module.log(f"{self.prefix}/{name}", value, rank_zero_only=False, logger=logger, on_step=False, on_epoch=True)
+
+
+class _LoggerSink:
+    """The trainer's own loggers, at the optimizer step of the measurement."""
+
+    def __init__(self, trainer: Any, prefix: str) -> None:
+        self._trainer, self._prefix = trainer, prefix
+
+    def __call__(self, measurement: Measurement) -> None:
+        for logger in self._trainer.loggers:
+            logger.log_metrics(values_of(measurement, self._prefix), step=measurement.step)
+
+
+def _free_signals(trainer: Any, module: LightningModule) -> dict[str, Any]:
+    """Of training and of the other callbacks, at no cost."""
+    found: dict[str, Any] = {"gradient_norm": gradient_norm(module.parameters())}
+    for callback in trainer.callbacks:
+        if isinstance(callback, SAMCallback):
+            found["surrogate_gap"] = callback.gap_over_ranks
+            found["gradient_norm"] = lambda sam=callback: sam.gradient_norm
+        if isinstance(callback, BatchSizeCallback):
+            found["noise_scale"] = callback.noise_scale
+    return found
