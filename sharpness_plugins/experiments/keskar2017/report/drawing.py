@@ -24,6 +24,7 @@ STYLE = {
     "figure.titlesize": 9.0,
     "legend.fontsize": 8.0,
     "axes.spines.top": False,
+    "figure.constrained_layout.wspace": 0.06,
     "pdf.fonttype": 42,  # text stays text, to be searched and edited
     "svg.fonttype": "none",
     "svg.hashsalt": "keskar2017",  # else the names inside are drawn at random

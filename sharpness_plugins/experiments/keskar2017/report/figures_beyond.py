@@ -63,7 +63,7 @@ def spectrum(reading: Reading) -> list[Drawing]:
                 floors.append(_draw_density(left, network.curvature, role, f"{labels[role]}, seed {network.seed}"))
         if floors:
             left.set_yscale("log")
-            left.set_ylim(bottom=min(floors))
+            left.set_ylim(bottom=max(floors))
             left.legend(frameon=False, loc="upper right")
         if math.isfinite(threshold):
             left.axvline(threshold, color=GREY, linewidth=0.8, linestyle=":")
@@ -221,7 +221,11 @@ def distances(reading: Reading) -> list[Drawing]:
                 values = reading.values(study, role, distance)
                 dots(left, values, row + offset, role, label=f"{role} batch" if row == 0 else None)
         category_axis(left, [CONTROLS[study] for study in studies])
-        left.set_xlim(left=0)
+        ends = [value for study in studies for role in COLOUR for value in finite(reading.values(study, role, distance))]
+        if ends and min(ends) > 0 and max(ends) > 5 * min(ends):
+            logarithmic(left, "x")
+        else:
+            left.set_xlim(left=0)
         left.set_xlabel("‖w − w₀‖ at the end")
         left.legend(frameon=False, loc="best")
         for role, each in paths.items():

@@ -10,7 +10,6 @@ from ....plots import BLUE, GREY, ORANGE, alpha_plot, error_bars, logarithmic, n
 from ..record import Curve, Quantity, test_accuracy
 from .drawing import Drawing
 from .figure_parts import (
-    BARS,
     COLOUR,
     LINE,
     MARKER,
@@ -70,10 +69,8 @@ def table3(reading: Reading) -> list[Drawing]:
         category_axis(axes, names)
         axes.set_xlabel(f"{SHARPNESS_LABEL}, full space, logarithmic")
         axes.legend(frameon=False, loc="best")
-        note(
-            figure,
-            f"paper: mean ± deviation of five trials; here: the paper's protocol, {seeds(reading, 'protocol')}; {BARS}",
-        )
+        bars = "bars: mean ± sample standard deviation"
+        note(figure, f"hollow: the paper, five trials; filled: here, {seeds(reading, 'protocol')}, its protocol; {bars}")
         return figure
 
     told = "; ".join(

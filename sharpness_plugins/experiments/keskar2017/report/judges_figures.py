@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 
+from ...paired import Paired
 from ..record import Quantity, test_accuracy
 from .published import DISTANCE_RATIO, Published
 from .reading import (
@@ -206,6 +207,15 @@ def distance_ratio(reading: Reading, published: Published | None) -> Verdict:
 # --- remedies
 
 
+def _no_help(accuracy: Paired, moved: Agreement, here: str) -> Verdict:
+    if accuracy.num_seeds == 1:
+        raised = accuracy.mean_difference > 0
+        reason = f"the test accuracy is {'higher' if raised else 'no higher'} in the only seed"
+        return Verdict(Agreement.NO if raised else Agreement.PARTLY, here, reason)
+    raised = moved is Agreement.YES
+    return Verdict(Agreement.NO if raised else Agreement.YES, here, "here it does raise the test accuracy")
+
+
 def remedy(name: str, *, helps: bool) -> Judge:
     def judge(reading: Reading, published: Published | None) -> Verdict:
         accuracy = reading.paired("remedies", test_accuracy, reference="none", other=name)
@@ -218,8 +228,7 @@ def remedy(name: str, *, helps: bool) -> Judge:
         if sharp is not None and sharp.ratio is not None:
             here += f"; {sharp.ratio:.3g} times as sharp as the small batch"
         if not helps:
-            raised = moved is Agreement.YES
-            return Verdict(Agreement.NO if raised else Agreement.YES, here, "here it does raise the test accuracy")
+            return _no_help(accuracy, moved, here)
         still = sharp is not None and sharp.mean_difference > 0
         if moved is Agreement.YES and still:
             return Verdict(Agreement.YES, here)

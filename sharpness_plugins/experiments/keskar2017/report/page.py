@@ -12,7 +12,7 @@ from .datasets import Dataset
 from .drawing import Rendered
 from .guide import CAUTIONS, HOW_TO_READ
 from .published import PAPER_URL
-from .reading import Reading, words_of
+from .reading import Reading, words_of_study
 from .remarks import answer, checks, count_of_agreement, missing
 from .style import CSS
 from .tables import Table
@@ -20,6 +20,7 @@ from .verdicts import Agreement, Claim
 
 __all__ = ["Contents", "page"]
 
+UNBREAKABLE = "\N{NON-BREAKING HYPHEN}"
 MARKS = {
     Agreement.YES: ("yes", "✓"),
     Agreement.PARTLY: ("partly", "≈"),
@@ -149,7 +150,7 @@ def _agreement(found: Sequence[Claim], reading: Reading) -> str:
             f'<tr id="claim-{escape(claim.key)}"><th scope="row"><span class="where">{escape(claim.where)}</span>'
             f"{escape(_capital(claim.short))}</th>"
             f'<td data-label="Paper">{escape(claim.paper)}</td><td data-label="Here">{escape(claim.here)}</td>'
-            f'<td data-label="Agrees?">{verdict}{reason}{rule}</td></tr>'
+            f'<td data-label="Verdict">{verdict}{reason}{rule}</td></tr>'
         )
     head = "".join(f'<th scope="col">{name}</th>' for name in ("Claim", "Paper", "Here", "Agrees?"))
     table = (
@@ -168,8 +169,7 @@ def _run(reading: Reading) -> str:
         lines.append(("Network and data" if key == "main" else f"For {key.replace('_', ' ')}", _problem(problem)))
     lines.append(("Seeds", ", ".join(map(str, record.seeds)) or "none"))
     for study, roles in record.studies.items():
-        told = "; ".join(f"{role}: {words_of(condition)}" for role, condition in roles.items())
-        lines.append((study.replace("_", " ").capitalize(), told))
+        lines.append((study.replace("_", " ").capitalize(), words_of_study(roles)))
     lines.append(("Versions", ", ".join(f"{name} {number}" for name, number in record.versions.items()) or "not recorded"))
     described = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in lines)
     settings = escape(json.dumps(record.settings, indent=1, ensure_ascii=False, sort_keys=True, default=str))
@@ -211,7 +211,7 @@ def _section(section: _Section, contents: Contents) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
+    head = "".join(f'<th scope="col">{escape(cell.replace("-", UNBREAKABLE))}</th>' for cell in table.head)
     rows = "".join(
         f'<tr class="{"paper" if row[0].startswith("paper") else "here"}"><th scope="row">{escape(row[0])}</th>'
         + "".join(f'<td class="number">{escape(cell)}</td>' for cell in row[1:])

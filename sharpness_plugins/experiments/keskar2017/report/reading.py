@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...paired import Paired, pair
@@ -24,6 +24,7 @@ __all__ = [
     "top_share",
     "words_of",
     "words_of_ending",
+    "words_of_study",
 ]
 
 MOVED = ("exact", "converged", "estimate", "lower bound")  # kinds of a number that a solver stands for
@@ -84,6 +85,14 @@ def words_of(condition: Condition) -> str:
     """How a network was trained, for a reader."""
     remedy = f" with {condition.remedy}" if condition.remedy else ""
     return f"{condition.recipe}{remedy}, learning rate {condition.learning_rate:.3g}, to {words_of_ending(condition.ending)}"
+
+
+def words_of_study(roles: Mapping[str, Condition]) -> str:
+    """How its networks were trained: what all have in common once."""
+    recipes = list(dict.fromkeys(f"{c.recipe}{f' with {c.remedy}' if c.remedy else ''}" for c in roles.values()))
+    rates = list(dict.fromkeys(f"{c.learning_rate:.3g}" for c in roles.values()))
+    endings = list(dict.fromkeys(words_of_ending(c.ending) for c in roles.values()))
+    return f"{', '.join(recipes)}; learning rate {' and '.join(rates)}; to {' or '.join(endings)}"
 
 
 def words_of_ending(text: str) -> str:

@@ -22,10 +22,10 @@ def answer(reading: Reading, found: Sequence[Claim]) -> list[str]:
 
 def _lead(reading: Reading, found: Sequence[Claim]) -> str:
     main = reading.record.problems.get("main")
-    where = "" if main is None else f" On {main.data}, with network {main.network}"
+    where = "" if main is None else f" (network {main.network}; {main.data})"
     verdicts = {claim.key: claim.agrees for claim in found}
     told = "; ".join(f"{word}: {verdicts[key]}" for key, word in (("sharper", "sharper"), ("gap", "worse")))
-    return f"Do large batches end in sharper minima that test worse?{where or ' Here'}, {told}."
+    return f"Do large batches end in sharper minima that test worse? Here{where}: {told}."
 
 
 def _sharpness(reading: Reading) -> str:
@@ -113,7 +113,7 @@ def missing(reading: Reading) -> list[str]:
                 said.append(f"No training with the {role} batch was watched for {figure}.")
     if len(record.seeds) == 1:
         said.append(
-            "There is one seed, which says nothing about the spread: no standard deviations, and no more than partly."
+            "There is one seed, which says nothing about the spread: no standard deviations, and differences agree partly at best."
         )
     given_up = [network for network in networks if not network.ended]
     if given_up:

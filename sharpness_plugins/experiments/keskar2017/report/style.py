@@ -54,7 +54,7 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; } svg text { fill: var(--i
 @media (max-width: 44rem) {
   body { padding: .6rem .8rem 3rem; } h1 { font-size: 1.4rem; } dl { display: block; } dd { margin-bottom: .4rem; }
   .agreement, .agreement tbody, .agreement tr, .agreement th, .agreement td { display: block; min-width: 0; border: 0; }
-  .agreement thead { position: absolute; left: -9999px; }
+  .agreement caption { display: block; } .agreement thead { position: absolute; left: -9999px; }
   .agreement tr { border-bottom: 1px solid var(--rule); padding: .6rem 0; }
   .agreement th, .agreement td { padding: .1rem 0; }
   .agreement td::before { content: attr(data-label) ": "; color: var(--grey); }

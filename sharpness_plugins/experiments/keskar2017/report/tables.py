@@ -120,11 +120,16 @@ def ratio(paired: Paired | None) -> str:
     """Of the means, and in how many seeds the other is higher."""
     if paired is None or paired.ratio is None:
         return NONE
-    return f"{paired.ratio:.3g}" + (f" ({paired.count(1)}/{paired.num_seeds})" if paired.num_seeds > 1 else "")
+    return short(paired.ratio) + (f" ({paired.count(1)}/{paired.num_seeds})" if paired.num_seeds > 1 else "")
 
 
 def _times(numerator: float, denominator: float) -> str:
-    return f"{numerator / denominator:.3g}" if denominator > 0 else NONE
+    return short(numerator / denominator) if denominator > 0 else NONE
+
+
+def short(value: float) -> str:
+    """Three significant digits, without an exponent from a thousand to a million."""
+    return f"{value:.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _seeds(reading: Reading) -> str:
@@ -198,9 +203,16 @@ def _boxes(reading: Reading, space: str) -> Table | None:
             "The paper does not say how its random columns were scaled, and the scale moves these numbers: compare "
             "orders only."
         )
-    notes.append("; ".join(f"{SOLVER_NAMES.get(name, name)}: {text}" for name, text in SOLVERS.items()).capitalize() + ".")
+    notes.append("; ".join(f"{SOLVER_NAMES.get(name, name)}: {text}" for name, text in SOLVERS.items()) + ".")
     notes.append("φ(ε)/φ(ε/2): 4 for a quadratic loss, 2 where the gradient dominates, about 1 where the solver failed.")
-    head = ("", "small, ε = 1e-3 [%]", "large, ε = 1e-3 [%]", "large / small", "small, ε = 5e-4 [%]", "large, ε = 5e-4 [%]")
+    head: tuple[str, ...] = (
+        "",
+        "small, ε = 1e-3 [%]",
+        "large, ε = 1e-3 [%]",
+        "large / small",
+        "small, ε = 5e-4 [%]",
+        "large, ε = 5e-4 [%]",
+    )
     head = (*head, "large / small", "φ(ε)/φ(ε/2), small", "φ(ε)/φ(ε/2), large")
     return Table(
         f"table{number}", f"Table {number}: ε-box sharpness (Metric 2.1) in {where}", head, tuple(rows), tuple(notes)
@@ -359,7 +371,13 @@ def _remedies(reading: Reading) -> Table | None:
         )
     if not rows:
         return None
-    head = ("", "training loss [nats]", "test accuracy [%]", "against no remedy [points]", "ε-box, 1e-3 [%]")
+    head: tuple[str, ...] = (
+        "",
+        "training loss [nats]",
+        "test accuracy [%]",
+        "against no remedy [points]",
+        "ε-box, 1e-3 [%]",
+    )
     head = (*head, "/ no remedy", "/ small batch", "steps")
     notes = (f"{STUDIES['remedies'].split(';')[0].capitalize()}; {_seeds(reading)}; our solver.",)
     return Table("remedies", "Remedies for the large batch", head, tuple(rows), notes)
