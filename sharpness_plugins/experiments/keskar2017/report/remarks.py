@@ -113,7 +113,7 @@ def missing(reading: Reading) -> list[str]:
                 said.append(f"No training with the {role} batch was watched for {figure}.")
     if len(record.seeds) == 1:
         said.append(
-            "There is one seed, which says nothing about the spread: no standard deviations, and differences agree partly at best."
+            "There is one seed, which says nothing about the spread: no deviations, and differences agree partly at best."
         )
     given_up = [network for network in networks if not network.ended]
     if given_up:

@@ -268,7 +268,7 @@ def _controls(reading: Reading) -> Table | None:
         )
     if not rows:
         return None
-    head = (
+    head: tuple[str, ...] = (
         "held equal",
         "training loss [nats], small / large",
         "steps, small / large",
