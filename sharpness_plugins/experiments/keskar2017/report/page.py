@@ -154,8 +154,9 @@ def _agreement(found: Sequence[Claim], reading: Reading) -> str:
         )
     head = "".join(f'<th scope="col">{name}</th>' for name in ("Claim", "Paper", "Here", "Agrees?"))
     table = (
-        '<div class="scroll"><table class="agreement"><caption>What the paper says, what was found, and whether it agrees '
-        f"by the rule given</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        '<div class="scroll"><table class="agreement"><caption><span>What the paper says, what was found, and whether it '
+        f"agrees by the rule given</span></caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        "</div>"
     )
     lacking = missing(reading)
     said = f"<h3>What is missing</h3>{_bullets(lacking)}" if lacking else ""
@@ -220,8 +221,9 @@ def _table(table: Table) -> str:
     )
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
     return (
-        f'<div class="scroll"><table id="{escape(table.name)}"><caption>{escape(table.caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{notes}"
+        f'<div class="scroll"><table class="number-table" id="{escape(table.name)}">'
+        f"<caption><span>{escape(table.caption)}</span></caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        f"</div>{notes}"
     )
 
 

@@ -84,7 +84,9 @@ class Reading:
 def words_of(condition: Condition) -> str:
     """How a network was trained, for a reader."""
     remedy = f" with {condition.remedy}" if condition.remedy else ""
-    return f"{condition.recipe}{remedy}, learning rate {condition.learning_rate:.3g}, to {words_of_ending(condition.ending)}"
+    return (
+        f"{condition.recipe}{remedy}, learning rate {condition.learning_rate:.3g}, until {words_of_ending(condition.ending)}"
+    )
 
 
 def words_of_study(roles: Mapping[str, Condition]) -> str:
@@ -92,7 +94,7 @@ def words_of_study(roles: Mapping[str, Condition]) -> str:
     recipes = list(dict.fromkeys(f"{c.recipe}{f' with {c.remedy}' if c.remedy else ''}" for c in roles.values()))
     rates = list(dict.fromkeys(f"{c.learning_rate:.3g}" for c in roles.values()))
     endings = list(dict.fromkeys(words_of_ending(c.ending) for c in roles.values()))
-    return f"{', '.join(recipes)}; learning rate {' and '.join(rates)}; to {' or '.join(endings)}"
+    return f"{', '.join(recipes)}; learning rate {' and '.join(rates)}; until {' or '.join(endings)}"
 
 
 def words_of_ending(text: str) -> str:

@@ -51,7 +51,9 @@ figcaption { max-width: 46rem; margin-top: .3rem; }
 figure .scroll svg { display: block; width: 100%; height: auto; min-width: 34rem; max-width: 46rem; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; } svg text { fill: var(--ink); }
 .downloads { font-size: .85rem; }
-@media (max-width: 44rem) {
+@media screen and (max-width: 44rem) {
+  caption span { display: block; max-width: calc(100vw - 2rem); }
+  .number-table th[scope="row"] { position: sticky; left: 0; background: var(--paper); min-width: 6.5rem; }
   body { padding: .6rem .8rem 3rem; } h1 { font-size: 1.4rem; } dl { display: block; } dd { margin-bottom: .4rem; }
   .agreement, .agreement tbody, .agreement tr, .agreement th, .agreement td { display: block; min-width: 0; border: 0; }
   .agreement caption { display: block; } .agreement thead { position: absolute; left: -9999px; }
@@ -60,8 +62,8 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; } svg text { fill: var(--i
   .agreement td::before { content: attr(data-label) ": "; color: var(--grey); }
 }
 @media print {
-  body { max-width: none; padding: 0; font-size: 9.5pt; } nav { display: none; } h2 { break-after: avoid; }
-  .scroll { overflow: visible; } table { font-size: 7.5pt; } tr { break-inside: avoid; }
+  html { font-size: 9.5pt; } body { max-width: none; padding: 0; } nav { display: none; } h2 { break-after: avoid; }
+  .scroll { overflow: visible; } table { font-size: .8rem; } tr { break-inside: avoid; }
   thead { display: table-header-group; }
   th, td, thead th, .agreement td, th[scope="row"] { min-width: 0; padding: 2pt 4pt; }
   figure .scroll svg { min-width: 0; max-width: 15cm; } a { color: inherit; }

@@ -85,10 +85,11 @@ def all_tables(reading: Reading) -> dict[str, Table]:
 
 def agreement_table(found: Sequence[Claim]) -> Table:
     rows = tuple(
-        (claim.where, claim.paper, claim.here, str(claim.agrees), claim.reason or NONE, claim.rule) for claim in found
+        (f"{claim.short} ({claim.where})", claim.paper, claim.here, str(claim.agrees), claim.reason) for claim in found
     )
-    head = ("", "paper", "here", "agrees?", "why not, or not wholly", "agrees if")
-    return Table("agreement", "What the paper says, what was found here, and whether it agrees", head, rows)
+    head = ("", "paper", "here", "agrees?", "why not, or not wholly")
+    caption = "What the paper says, what was found here, and whether it agrees"
+    return Table("agreement", caption, head, rows, ("The rule of each verdict is in the page and in `data/agreement.csv`.",))
 
 
 # --- cells
@@ -203,7 +204,7 @@ def _boxes(reading: Reading, space: str) -> Table | None:
             "The paper does not say how its random columns were scaled, and the scale moves these numbers: compare "
             "orders only."
         )
-    notes.append("; ".join(f"{SOLVER_NAMES.get(name, name)}: {text}" for name, text in SOLVERS.items()) + ".")
+    notes.append("Solvers: " + "; ".join(f"{SOLVER_NAMES.get(name, name)}: {text}" for name, text in SOLVERS.items()) + ".")
     notes.append("φ(ε)/φ(ε/2): 4 for a quadratic loss, 2 where the gradient dominates, about 1 where the solver failed.")
     head: tuple[str, ...] = (
         "",
