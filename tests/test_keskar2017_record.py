@@ -52,6 +52,8 @@ def test_ratio_of_epsilons_and_counts():
     assert network.curvature.share_within(1e-3) == pytest.approx(0.9)
     assert network.cone.random_share == 0
     assert network.cone.top_share == 0.5
+    # ½ λ 0.47² of 1.0018 is 1 % from λ = 0.0907 on: the nodes at 0.1 and at 1
+    assert network.steep_dimensions == pytest.approx(1000 * (0.09 + 0.01))
 
 
 @pytest.mark.parametrize("change", [{"schema_version": 0}, {"all_networks": [{"seed": 1}]}])

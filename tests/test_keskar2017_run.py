@@ -207,14 +207,27 @@ def few(tmp_path, monkeypatch):
         ("C1", 10, "binary", False, "batch"),
         ("C2", 10, "python", True, "running"),
         ("C3", 100, "python", False, "running"),
-        ("C4", 100, "binary", True, "batch"),
+        ("C4", 10, "binary", True, "batch"),
     ],
 )
 def test_cifar_networks_train_and_measure_end_to_end(tmp_path, network, classes, version, archive, mode):
     write_cifar(tmp_path, classes, version, archive=archive, counts=(4, 5) if classes == 10 else (20, 5))
     out = tmp_path / "out"
     studies = ["--studies", "matched_loss", "remedies"] if network == "C1" else ["--studies", "matched_loss"]
-    reproduce("--network", network, "--folder", tmp_path, "--batch-norm", mode, *TINY, *studies, "--out", out)
+    reproduce(
+        "--network",
+        network,
+        "--data",
+        f"cifar{classes}",
+        "--folder",
+        tmp_path,
+        "--batch-norm",
+        mode,
+        *TINY,
+        *studies,
+        "--out",
+        out,
+    )
     record = Record.read(out)
     problem = record.problems["main"]
     assert (problem.network, problem.batch_norm, problem.num_classes) == (network, mode, classes)

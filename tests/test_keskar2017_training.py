@@ -364,7 +364,15 @@ def test_the_large_batch_is_a_tenth_of_the_training_samples_unless_told():
     assert made.studies["sqrt_rate"]["large"].learning_rate == pytest.approx(1e-3 * math.sqrt(5000 / 256))
     assert {condition.problem for roles in made.studies.values() for condition in roles.values()} == {"main"}
     with pytest.raises(ValueError, match="256 and 100"):
-        planned(preset("cifar10"), num_train=1000, num_warm=1000, augments=True)
+        planned(dataclasses.replace(preset("cifar10"), small_batch=256), num_train=1000, num_warm=1000, augments=True)
+
+
+@pytest.mark.parametrize(
+    ("num_train", "small", "large"), [(50_000, 256, 5000), (2570, 256, 257), (2000, 12, 200), (20, 2, 4)]
+)
+def test_of_few_samples_the_small_batch_is_smaller_than_the_papers(num_train, small, large):
+    roles = planned(preset("cifar10"), num_train=num_train, num_warm=num_train, augments=True).studies["protocol"]
+    assert [roles[role].recipe.batch_size for role in ("small", "large")] == [small, large]
 
 
 def test_data_that_are_no_images_have_no_augmentation_in_their_plan():
@@ -413,7 +421,7 @@ def test_configurations_of_the_paper_make_a_plan_for_each_network(file, network)
     settings = Settings.from_dict({**json.loads(file.read_text()), "network": network})
     made = planned(settings, num_train=50_000, num_warm=50_000, augments=True)
     assert list(made.studies) == list(settings.studies)
-    assert settings.small_batch == 256
+    assert made.studies[settings.studies[0]]
     if file.stem == "figure5":
         assert list(made.studies["warm_start"]) == ["small", "cold", *map(str, range(1, 101))]
         assert made.studies["warm_start"]["7"].recipe == Recipe(5000, 7, 256)

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--batch-norm", choices=["batch", "running"], help="its statistics: batch, as the paper, or running")
     how.add_argument("--width", type=float, metavar="X", help="factor on the networks' channels (default: 1)")
-    how.add_argument("--small-batch", type=int, metavar="B", help="default: 256; 16 on digits")
+    how.add_argument("--small-batch", type=int, metavar="B", help="default: 256; 16 on digits; less of few samples")
     how.add_argument("--large-batch", type=int, metavar="B", help="default: a tenth of the samples; 500 on digits")
     how.add_argument("--learning-rate", type=float, metavar="X", help="of Adam, for both batches (default: 0.001)")
     how.add_argument("--epochs", type=int, metavar="N", help="of Figures 4 and 6 (default: 100)")

@@ -170,8 +170,18 @@ def _cones(record: Record) -> list[str]:
                 f"At a distance of {statistics.fmean(cone.radius for cone in cones):.2g} from the large batch's minima the "
                 f"loss rises steeply (by {cones[0].steep:g} % or more) along {100 * random:.1f} % of random directions and "
                 f"{100 * top:.0f} % of the {len(cones[0].top_rises)} leading eigenvectors: they {unlike}."
+                f"{_whole_space(record, study)}"
             ]
     return []
+
+
+def _whole_space(record: Record, study: str) -> str:
+    networks = record.networks(study, "large")
+    steep = _mean([network.steep_dimensions for network in networks])
+    if not math.isfinite(steep):
+        return ""
+    dim = next(network.curvature.dim for network in networks if network.curvature is not None)
+    return f" By the Hessian's spectrum {steep:.0f} of {dim:,} dimensions are as steep ({100 * steep / dim:.2g} %)."
 
 
 def _threshold(record: Record) -> list[str]:

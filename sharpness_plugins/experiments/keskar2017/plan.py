@@ -94,9 +94,7 @@ def planned(settings: Settings, *, num_train: int, num_warm: int, augments: bool
     Raises:
         ValueError: a batch is larger than the training set, or the small one not smaller than the large one.
     """
-    small = Recipe(settings.small_batch)
-    large = Recipe(_tenth(settings.large_batch, num_train))
-    _check(small, large, num_train)
+    small, large = _pair(settings.small_batch, settings.large_batch, num_train)
     studies = {
         study: roles
         for study, roles in _studies(settings, small, large, num_train, augments).items()
@@ -124,16 +122,17 @@ def planned(settings: Settings, *, num_train: int, num_warm: int, augments: bool
     return Plan(studies, _trainings(measurements), measurements, watched, curves)
 
 
-def _tenth(batch_size: int | None, num_train: int) -> int:
-    return batch_size if batch_size is not None else max(2, num_train // 10)
-
-
-def _check(small: Recipe, large: Recipe, num_train: int) -> None:
-    if not small.batch_size < large.batch_size <= num_train:
+def _pair(small: int | None, large: int | None, num_train: int) -> tuple[Recipe, Recipe]:
+    """The paper's batch sizes where none are given: a tenth of the samples, and 256, or less where the tenth is no more."""
+    large = max(4, num_train // 10) if large is None else large
+    if small is None:
+        small = 256 if large > 256 else max(2, large // 16)
+    if not small < large <= num_train:
         raise ValueError(
-            f"the small batch must be below the large one, and that at most the {num_train} training samples, got "
-            f"{small.batch_size} and {large.batch_size}. Choose them with --small-batch and --large-batch"
+            f"the small batch must be below the large one, and that at most the {num_train} training samples, got {small} "
+            f"and {large}. Choose them with --small-batch and --large-batch"
         )
+    return Recipe(small), Recipe(large)
 
 
 def _studies(
@@ -168,9 +167,10 @@ def _studies(
 def _warm_start(settings: Settings, num_train: int) -> tuple[dict[str, Condition], tuple[Snapshot, ...]]:
     warm = settings.warm_start
     problem = "main" if (warm.network or settings.network, warm.data or settings.data) == _main(settings) else "warm_start"
-    small = Recipe(warm.small_batch or settings.small_batch)
-    large = Recipe(_tenth(warm.large_batch or (settings.large_batch if problem == "main" else None), num_train))
-    _check(small, large, num_train)
+    own = warm.small_batch, warm.large_batch
+    if problem == "main":
+        own = own[0] or settings.small_batch, own[1] or settings.large_batch
+    small, large = _pair(*own, num_train)
     ending = str(Ending.parse(warm.ending))
 
     def of(recipe: Recipe) -> Condition:

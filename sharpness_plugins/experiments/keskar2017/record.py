@@ -232,6 +232,14 @@ class TrainedNetwork:
                 return found
         return None
 
+    @property
+    def steep_dimensions(self) -> float:
+        """Estimated number of eigenvectors of the Hessian along which ``cone.radius`` costs ``cone.steep`` percent, if the
+        loss is quadratic that far; NaN where no spectrum or cone was measured."""
+        if self.curvature is None or not self.curvature.nodes or self.cone is None:
+            return math.nan
+        return self.curvature.count_above(2 * self.cone.steep / 100 * (1 + self.train.loss) / self.cone.radius**2)
+
     def box_ratio(self, space: str, solver: str) -> float:
         """``φ(ε) / φ(ε/2)``: 4 for a quadratic loss, 2 where the gradient dominates, 1 where the solver failed; or NaN."""
         whole, half = (self.box(space, epsilon, solver) for epsilon in EPSILONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -177,12 +178,7 @@ class _Work:
             if (number - 1) % self.ranks.world_size != self.ranks.rank:
                 continue
 
-            def tell(text: str, number: int = number, unit: _Unit = unit, *, finished: bool = False) -> None:
-                if self.listener is not None and text:
-                    self.listener(
-                        ReproductionEvent(number, len(self.units), unit.label, text, clock.seconds_left(), finished)
-                    )
-
+            tell = functools.partial(self._tell, number, unit, clock)
             began = time.monotonic()
             if self._found(unit) is None:
                 found = self._do(unit, tell)
@@ -190,6 +186,11 @@ class _Work:
                 tell(self._told(unit, found), finished=True)
             else:
                 clock.tick(unit, None)
+
+    def _tell(self, number: int, unit: _Unit, clock: _Clock | None, text: str, *, finished: bool = False) -> None:
+        if self.listener is not None and text:
+            left = None if clock is None else clock.seconds_left()
+            self.listener(ReproductionEvent(number, len(self.units), unit.label, text, left, finished))
 
     def _do(self, unit: _Unit, tell: Callable[[str], None]) -> Mapping[str, Any]:
         if unit.kind == "training":
@@ -298,8 +299,8 @@ class _Work:
 
     def record(self, command: str) -> Record:
         """From what is in the store; waits for the other ranks' work."""
-        for unit in self.units:
-            self._wait(unit, lambda text: None)
+        for number, unit in enumerate(self.units, 1):
+            self._wait(unit, functools.partial(self._tell, number, unit, None))
         found: dict[_Unit, dict[str, Any]] = {}
         for unit in self.units:
             entry = self._found(unit)

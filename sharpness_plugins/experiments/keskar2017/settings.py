@@ -54,7 +54,8 @@ class Settings:
         studies: names of ``record.STUDIES`` to run.
         batch_norm: "batch" or "running"; see ``networks.build``.
         width: factor on the networks' channels.
-        small_batch, large_batch: None for the paper's 256, and for its tenth of the training samples.
+        small_batch, large_batch: None for the paper's 256, or a sixteenth of the large one where that is no more than 256,
+            and for its tenth of the training samples.
         protocol: ending of the paper's protocol; ``matched`` and ``matched_clean``: of matched loss, over an epoch while
             the weights move, and of the training set, which augmentation and the like leave comparable.
         epochs: of Figure 4, and of what Figure 6 watches, at ``watched``.
@@ -74,11 +75,11 @@ class Settings:
     studies: tuple[str, ...] = tuple(STUDIES)
     batch_norm: str = "batch"
     width: float = 1.0
-    small_batch: int = 256
+    small_batch: int | None = None
     large_batch: int | None = None
     learning_rate: float = 1e-3
     protocol: str = "plateau:10"
-    matched: str = "epoch_loss:0.01"
+    matched: str = "loss:0.01"
     matched_clean: str = "loss:0.01"
     epochs: int = 100
     watched: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 35, 60, 100)
@@ -117,8 +118,9 @@ class Settings:
         for name in ("epochs", "equal_steps", "max_epochs", "check_every", "draws", "dim", "eigenvalues", "directions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        sizes = (self.small_batch, *self.batch_sizes, *([] if self.large_batch is None else [self.large_batch]))
-        if min(sizes) < 1 or (self.large_batch is not None and self.large_batch <= self.small_batch):
+        pair = [size for size in (self.small_batch, self.large_batch) if size is not None]
+        sizes = (*pair, *self.batch_sizes)
+        if min(sizes, default=1) < 1 or (len(pair) == 2 and pair[0] >= pair[1]):
             raise ValueError(f"batch sizes must be at least 1, the large one above the small one, got {sizes}")
         if not self.learning_rate > 0 or not self.width > 0 or not self.steep > 0:
             raise ValueError(
