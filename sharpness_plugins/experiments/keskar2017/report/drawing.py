@@ -73,6 +73,8 @@ def render(drawing: Drawing) -> Rendered:
     """Raises an ImportError that says what to install, without matplotlib."""
     with _style():
         figure = drawing.draw()
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # the same places in every format, found once
         return Rendered(
             drawing,
             pdf=_saved(figure, "pdf", {"CreationDate": None, "Producer": None, "Creator": None}),

@@ -18,6 +18,7 @@ from .reading import (
     moved_box,
     random_share,
     share_within,
+    steep_share,
     top_share,
 )
 from .verdicts import Agreement, Judge, Verdict, direction, in_points, in_times, monotone, seeds_of
@@ -182,6 +183,9 @@ def no_cone(reading: Reading, published: Published | None) -> Verdict:
     here = f"steep along {100 * random:.3g} % of random directions"
     if math.isfinite(top):
         here += f" and {100 * top:.3g} % of the leading eigenvectors"
+    whole = mean(reading.values("matched_loss", "large", steep_share))
+    if math.isfinite(whole):
+        here += f"; by the Hessian's spectrum along {100 * whole:.2g} % of all dimensions"
     if random > MOST_STEEP:
         return Verdict(Agreement.NO, here, f"more than {100 * MOST_STEEP:g} % of random directions are steep")
     if not top > random:

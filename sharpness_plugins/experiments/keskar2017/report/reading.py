@@ -21,6 +21,7 @@ __all__ = [
     "moved_box",
     "random_share",
     "share_within",
+    "steep_share",
     "top_share",
     "words_of",
     "words_of_ending",
@@ -162,6 +163,13 @@ def share_within(threshold: float) -> Quantity:
 
 def random_share(network: TrainedNetwork) -> float:
     return math.nan if network.cone is None else network.cone.random_share
+
+
+def steep_share(network: TrainedNetwork) -> float:
+    """Estimated share of all dimensions along which the loss, were it quadratic so far, would rise steeply."""
+    if network.curvature is None or network.cone is None or not network.curvature.dim or not network.cone.radius:
+        return math.nan
+    return network.steep_dimensions / network.curvature.dim
 
 
 def top_share(network: TrainedNetwork) -> float:

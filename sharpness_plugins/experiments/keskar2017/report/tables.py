@@ -20,6 +20,7 @@ from .reading import (
     moved_box,
     random_share,
     share_within,
+    steep_share,
     top_share,
 )
 from .verdicts import Claim
@@ -321,6 +322,7 @@ def _cone(reading: Reading) -> Table | None:
         [
             ("steep among random directions [%]", random_share, 100.0),
             ("steep among leading eigenvectors [%]", top_share, 100.0),
+            ("steep among all dimensions, by the Hessian's spectrum [%]", steep_share, 100.0),
         ],
     )
     if not rows:
