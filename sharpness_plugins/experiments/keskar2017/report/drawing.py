@@ -103,11 +103,11 @@ def _for_a_page(svg: str, drawing: Drawing) -> str:
     """Without a prolog, with names of its own, scalable, and in colours that follow the page."""
     body = svg[svg.index("<svg") :].strip()
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
-    body = re.sub(r'( id="|url\(#|xlink:href="#)', rf"\1{drawing.name}-", body)
+    name = escape(f"svg-{drawing.name}", quote=True)
+    body = re.sub(r'( id="|url\(#|xlink:href="#)', rf"\1{name}-", body)
     body = re.sub(r"#[0-9a-f]{6}\b", lambda found: COLOURS.get(found[0], found[0]), body)
     body = re.sub(r"(font: [\d.]+px|font-family:) [^;\"]*", rf"\1 {FONTS}", body)
     box = re.search(r'viewBox="[^"]*"', body)
-    name = escape(drawing.name, quote=True)
     opening = (
         f'<svg {box[0] if box else ""} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'role="img" aria-labelledby="{name}-title {name}-desc">'

@@ -221,7 +221,7 @@ def _table(table: Table) -> str:
     )
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
     return (
-        f'<div class="scroll"><table class="number-table" id="{escape(table.name)}">'
+        f'<div class="scroll"><table class="number-table" id="table-{escape(table.name)}">'
         f"<caption><span>{escape(table.caption)}</span></caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
         f"</div>{notes}"
     )
