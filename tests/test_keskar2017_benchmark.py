@@ -67,7 +67,7 @@ def test_tables_of_a_record_are_put_between_the_markers(tmp_path):
     record = example_record()
     (tmp_path / "record.json").write_text(record.to_json(), encoding="utf-8")
     (tmp_path / "rescaling.json").write_text((BENCHMARKS / "keskar2017" / "rescaling.json").read_text())
-    markers = "a\n<!-- rescaling -->\n<!-- end of rescaling -->\nb\n<!-- results -->\nstale text\n<!-- end of results -->\nc\n"
+    markers = "a\n<!-- rescaling -->\n<!-- end of rescaling -->\n<!-- results -->\nstale text\n<!-- end of results -->\nc\n"
     readme = command.updated(markers, tmp_path)
     assert "stale text" not in readme
     assert readme.endswith("<!-- end of results -->\nc\n")

@@ -295,7 +295,7 @@ def test_the_figures_draw_the_records_numbers(record):
     assert above.get_ylabel() == "test accuracy [%]"
     left, right = drawings["figure4"].draw().axes
     sizes, values = left.containers[0].lines[0].get_data()
-    assert list(sizes) == [16, 50, 500]
+    assert list(sizes) == pytest.approx([16, 50, 500], rel=0.04)  # the two studies are moved apart
     assert values[2] == pytest.approx(100 * statistics.fmean(record.values("batch_sizes", "500", accuracy)))
     assert (right.get_xscale(), right.get_yscale()) == ("log", "log")
     curve = record.curves[0]

@@ -142,7 +142,7 @@ def _statements() -> tuple[Statement, ...]:
         ),
         Statement(
             "large_eigenvalues",
-            "text",
+            "in the text",
             "large-batch minima have more large eigenvalues",
             "a significant number of large positive eigenvalues of the Hessian at the large batch",
             f"number above a tenth of the small batch's mean largest one: {DIRECTION}",
@@ -150,7 +150,7 @@ def _statements() -> tuple[Statement, ...]:
         ),
         Statement(
             "near_zero",
-            "text",
+            "in the text",
             "small-batch minima have more eigenvalues near zero",
             "numerous small eigenvalues of the Hessian at the small batch",
             f"share within a thousandth of the small batch's mean largest one: {DIRECTION}",
@@ -158,7 +158,7 @@ def _statements() -> tuple[Statement, ...]:
         ),
         Statement(
             "cone",
-            "text",
+            "in the text",
             "sharp minima are no cones",
             "the loss rises steeply along a small subspace only",
             f"steep along at most {100 * MOST_STEEP:g} % of random directions at the large batch, and along a larger "
@@ -167,7 +167,7 @@ def _statements() -> tuple[Statement, ...]:
         ),
         Statement(
             "distances",
-            "text",
+            "in the text",
             "small batches end farther from the start",
             f"‖xₛ − x₀‖ is {DISTANCE_RATIO[0]:g} to {DISTANCE_RATIO[1]:g} times ‖xₗ − x₀‖",
             f"the ratio of the means lies between {DISTANCE_RATIO[0]:g} and {DISTANCE_RATIO[1]:g}; partly: above 1",

@@ -14,7 +14,6 @@ from .figure_parts import (
     LINE,
     MARKER,
     SHARPNESS,
-    SHARPNESS_LABEL,
     category_axis,
     dots,
     mean_and_deviation,
@@ -224,6 +223,7 @@ def distances(reading: Reading) -> list[Drawing]:
         ends = [value for study in studies for role in COLOUR for value in finite(reading.values(study, role, distance))]
         if ends and min(ends) > 0 and max(ends) > 5 * min(ends):
             logarithmic(left, "x")
+            left.set_xlim(left=0.7 * min(ends))
         else:
             left.set_xlim(left=0)
         left.set_xlabel("‖w − w₀‖ at the end")
@@ -281,7 +281,7 @@ def remedies(reading: Reading) -> list[Drawing]:
         category_axis(left, [REMEDY_NAMES[role] for role in roles])
         right.grid(axis="x", alpha=0.3)
         left.set_xlabel("test accuracy [%]")
-        right.set_xlabel(f"{SHARPNESS_LABEL}, logarithmic")
+        right.set_xlabel("ε-box, ε = 1e-3 [%], logarithmic")
         note(figure, f"{seeds(reading, 'remedies')}; {BARS}")
         return figure
 
@@ -332,7 +332,7 @@ def controls(reading: Reading) -> list[Drawing]:
         category_axis(left, [CONTROLS[study] for study in studies])
         right.grid(axis="x", alpha=0.3)
         left.set_xlabel("test accuracy, large − small [points]")
-        right.set_xlabel("ε-box sharpness, large / small, logarithmic")
+        right.set_xlabel("ε-box, large / small, logarithmic")
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", frameon=False)
         note(figure, f"{seeds(reading, studies[0])}; {BARS}")
         return figure

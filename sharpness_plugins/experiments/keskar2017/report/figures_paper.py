@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from ....plots import BLUE, GREY, ORANGE, alpha_plot, error_bars, logarithmic, new_figure, warm_start_plot
+from ....plots import GREEN, GREY, alpha_plot, error_bars, logarithmic, new_figure, warm_start_plot
 from ..record import Curve, Quantity, test_accuracy
 from .drawing import Drawing
 from .figure_parts import (
@@ -74,7 +74,7 @@ def table3(reading: Reading) -> list[Drawing]:
         return figure
 
     told = "; ".join(
-        f"{name}, {told_mean(small)} % at the small batch and {told_mean(large)} % at the large"
+        f"here by {name.removeprefix('here: ')} {told_mean(small)} % at the small batch, {told_mean(large)} % at the large"
         for name, (small, large) in found.items()
     )
     return [
@@ -85,7 +85,7 @@ def table3(reading: Reading) -> list[Drawing]:
             "(filled); "
             f"{seeds(reading, 'protocol')}. The networks and the data differ: compare how far apart small and large "
             "batch lie, not where.",
-            f"In the paper small batches lie between 1 and 30 %, large ones between 205 and 925 %. {told}.",
+            f"In the paper small batches lie between 1 and 30 %, large ones between 205 and 925 %; {told}.",
             draw,
         )
     ]
@@ -162,14 +162,14 @@ def batch_sizes(reading: Reading) -> list[Drawing]:
         ):
             ticks: set[int] = set()
             shown: list[float] = []
-            for (name, legend), colour, marker, line in zip(
-                studies.items(), (ORANGE, BLUE), "os", ("-", "--"), strict=False
-            ):
+            looks = zip(studies.items(), (GREY, GREEN), "oD", ("-", "--"), (0.97, 1.03), strict=False)
+            for (name, legend), colour, marker, line, aside in looks:
                 sizes = reading.sizes(name)
                 values = [[scale * value for value in reading.values(name, role, quantity)] for _, role in sizes]
                 error_bars(
-                    axes, [size for size, _ in sizes], values, color=colour, marker=marker, linestyle=line, label=legend
-                )
+                    axes, [aside * size for size, _ in sizes], values,
+                    color=colour, marker=marker, linestyle=line, label=legend,
+                )  # fmt: skip
                 ticks |= {size for size, _ in sizes}
                 shown += finite([value for at in values for value in at])
             axes.set_xscale("log")
@@ -194,7 +194,7 @@ def batch_sizes(reading: Reading) -> list[Drawing]:
             "figure4",
             "Figure 4: accuracy and sharpness against batch size",
             "Test accuracy and ε-box sharpness by batch size, after equal epochs (as in the paper) and at equal "
-            "training loss; "
+            "training loss, moved apart a little; "
             f"{mean_and_deviation(seeds(reading, study))}.",
             f"{studies[study].capitalize()}: test accuracy in percent {told(test_accuracy, 100)}; sharpness in "
             f"percent {told(SHARPNESS, 1)}.",
@@ -254,8 +254,8 @@ def warm_start(reading: Reading) -> list[Drawing]:
             f"Above: test accuracy of the {large} networks by the number of {small} epochs before, and of the "
             f"{small} run itself "
             f"at that moment and at its end. Below: sharpness of the {large} networks; dashed: {small} to the end. "
-            f"{mean_and_deviation(seeds(reading, 'warm_start')).capitalize()}. The paper's figure is one run "
-            "without bars.",
+            f"{mean_and_deviation(seeds(reading, 'warm_start')).capitalize()}. The paper's figure is one run without bars. "
+            f"Here {reading.ground('warm_start')}.",
             f"By warm epochs: test accuracy in percent {told[0]}; sharpness in percent {told[1]}.",
             draw,
         )

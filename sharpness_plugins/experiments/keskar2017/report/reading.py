@@ -71,6 +71,14 @@ class Reading:
         """Batch size and role, ascending, of a study with a role per batch size."""
         return sorted((roles.recipe.batch_size, role) for role, roles in self.record.studies.get(study, {}).items())
 
+    def ground(self, study: str) -> str:
+        """``network A on …``: what a study was run on."""
+        conditions = list(self.record.studies.get(study, {}).values())
+        problem = self.record.problems.get(conditions[0].problem) if conditions else None
+        return (
+            "network and data are not in the record" if problem is None else f"network {problem.network} on {problem.data}"
+        )
+
     def warm_epochs(self) -> list[tuple[int, str]]:
         """Warm epochs and role of Figure 5, ascending; the cold start is (0, "cold")."""
         found = [

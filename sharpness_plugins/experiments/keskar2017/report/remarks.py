@@ -71,9 +71,9 @@ def _warm_start(reading: Reading) -> str:
     if sharp is None or sharp.ratio is None or accuracy is None:
         return ""
     return (
-        f"{epochs} epochs of small batches before the large ones leave {sharp.ratio:.2g} of the sharpness of a cold "
-        "start and "
-        f"change the test accuracy by {100 * accuracy.mean_difference:+.2f} points."
+        f"Warm start ({reading.ground('warm_start')}): {epochs} epochs of small batches before the large ones leave "
+        f"{sharp.ratio:.2g} of the sharpness of a cold start and change the test accuracy by "
+        f"{100 * accuracy.mean_difference:+.2f} points."
     )
 
 
