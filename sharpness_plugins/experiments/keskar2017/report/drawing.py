@@ -95,7 +95,7 @@ def _style() -> Iterator[None]:
 
 def _saved(figure: Figure, kind: str, metadata: dict[str, None], *, transparent: bool = False) -> bytes:
     content = io.BytesIO()
-    figure.savefig(content, format=kind, dpi=200, metadata=metadata, transparent=transparent)
+    figure.savefig(content, format=kind, dpi=150, metadata=metadata, transparent=transparent)
     return content.getvalue()
 
 
