@@ -19,14 +19,17 @@ import torch
 import oracles
 from keskar2017_example import example_record, example_studies
 from sharpness_plugins.cli import main
+from sharpness_plugins.errors import PluginWarning
 from sharpness_plugins.experiments.data import Samples, Split
-from sharpness_plugins.experiments.keskar2017 import findings, run
+from sharpness_plugins.experiments.keskar2017 import findings, measurements, run
 from sharpness_plugins.experiments.keskar2017.cone import ConeTest
 from sharpness_plugins.experiments.keskar2017.networks import build
 from sharpness_plugins.experiments.keskar2017.record import STUDIES, Curvature, Record, box
+from sharpness_plugins.experiments.keskar2017.settings import preset
 from sharpness_plugins.experiments.keskar2017.tables import tables
 from sharpness_plugins.experiments.lines import along_line
-from sharpness_plugins.experiments.training import evaluate
+from sharpness_plugins.experiments.training import Evaluation, evaluate
+from sharpness_plugins.metrics import EpsilonBox
 from sharpness_plugins.sampling import generator_for
 from test_keskar2017_data import write_cifar
 
@@ -117,6 +120,27 @@ def test_what_is_there_is_not_done_again_and_gives_the_same_bytes(whole, capsys)
     assert printed.err == ""
     assert "Table 2, the paper's protocol" in printed.out
     assert "Tables 3 and 4, matched training loss" in printed.out
+
+
+def test_a_metric_that_failed_is_measured_again_and_a_loss_that_overflows_is_kept(tmp_path, monkeypatch):
+    def fails(self, objective, rng):
+        raise MemoryError("too large")
+
+    settings = dataclasses.replace(
+        preset(quick=True), seeds=(0,), width=0.05, studies=("sqrt_rate",), density_nodes=4, eigenvalues=1
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(EpsilonBox, "__call__", fails)
+        with pytest.warns(PluginWarning, match="too large"):
+            record = run.reproduce(settings, tmp_path)
+    (network,) = record.networks("sqrt_rate", "large")
+    assert network.boxes[0].kind == "failed"
+    assert math.isnan(network.boxes[0].value)
+    told = []
+    (network,) = run.reproduce(settings, tmp_path, listener=told.append).networks("sqrt_rate", "large")
+    assert network.boxes[0].value > 0
+    assert len([event for event in told if event.finished]) == 2  # both networks, and no training
+    assert measurements.evaluation(measurements.finite(Evaluation(math.inf, 0.5))).accuracy == 0.5
 
 
 # --- kills and ranks
@@ -392,6 +416,11 @@ def test_unmatched_networks_and_one_seed_are_said():
     said = "\n".join(findings.sentences(dataclasses.replace(record, all_networks=networks)))
     assert "In the study remedies, 1 of 6 networks did not come to their ending (batch 500 with sam" in said
     assert "One seed says nothing about the spread" in said
+    matched = example_studies()["matched_loss"]["large"]
+    networks = tuple(dataclasses.replace(n, ended=n.condition != matched) for n in record.all_networks)
+    said = "\n".join(findings.sentences(dataclasses.replace(record, all_networks=networks)))
+    assert "At training losses that differ, the large batch's minima are sharper" in said
+    assert "At the same training loss" not in said
 
 
 def test_tables_hold_every_study_and_solver():

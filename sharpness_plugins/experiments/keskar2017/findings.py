@@ -49,28 +49,32 @@ def sentences(record: Record) -> list[str]:
     return [*said, *_limits(record)]
 
 
-def _where(study: str) -> str:
-    return {"protocol": "By the paper's protocol", "matched_loss": "At the same training loss"}[study]
+def _where(record: Record, study: str) -> str:
+    if study == "protocol":
+        return "By the paper's protocol"
+    networks = [network for role in record.roles(study) for network in record.networks(study, role)]
+    return "At the same training loss" if all(network.ended for network in networks) else "At training losses that differ"
 
 
 def _accuracy(record: Record, study: str) -> str:
+    where = _where(record, study)
     train = record.paired(study, train_accuracy)
     test = record.paired(study, test_accuracy)
     if train is None or test is None:
-        return f"{_where(study)}, no seed has both accuracies: nothing can be said."
+        return f"{where}, no seed has both accuracies: nothing can be said."
     return (
-        f"{_where(study)}, test accuracy of the large batch against the small: {_points(test)}, lower in "
+        f"{where}, test accuracy of the large batch against the small: {_points(test)}, lower in "
         f"{test.count(-1)} of {test.num_seeds} seeds: {test.verdict(-1)} (training accuracy: {_points(train)})."
     )
 
 
 def _sharper(record: Record, study: str) -> list[str]:
-    said = []
+    where, said = _where(record, study), []
     for space, words in (("full", "full space"), ("subspace", "random subspaces")):
         found = record.paired(study, box(space, EPSILONS[0], "ours"))
         if found is not None:
             said.append(
-                f"{_where(study)}, the large batch's minima are sharper in {words} in {found.count(1)} of {found.num_seeds} "
+                f"{where}, the large batch's minima are sharper in {words} in {found.count(1)} of {found.num_seeds} "
                 f"seeds{_times(found)}: {found.verdict(1)}."
             )
     return said
@@ -80,10 +84,10 @@ def _distance(record: Record, study: str) -> list[str]:
     found = record.paired(study, lambda network: network.distance, reference="large", other="small")
     if found is None or found.ratio is None:
         return []
-    ratios = sorted(found.seed_ratios)
+    where, ratios = _where(record, study), sorted(found.seed_ratios)
     inside = "within" if 3 <= found.ratio <= 10 else "NOT within"
     return [
-        f"{_where(study)}, the small batch ends {found.ratio:.2g} times as far from the start as the large one (seed by "
+        f"{where}, the small batch ends {found.ratio:.2g} times as far from the start as the large one (seed by "
         f"seed {ratios[0]:.2g} to {ratios[-1]:.2g}): {inside} the paper's 3 to 10."
     ]
 
@@ -94,6 +98,7 @@ def _solvers(record: Record) -> list[str]:
     for study in ("protocol", "matched_loss"):
         if study not in record.studies:
             continue
+        where = _where(record, study)
         networks = [n for role in record.roles(study) for n in record.networks(study, role)]
         stuck = [n for n in networks if (b := n.box("full", EPSILONS[0], "published")) and b.kind == "not converged"]
         published = record.paired(study, box("full", EPSILONS[0], "published"))
@@ -101,12 +106,12 @@ def _solvers(record: Record) -> list[str]:
         if stuck:
             roles = and_list([r for r in record.roles(study) if any(n in stuck for n in record.networks(study, r))])
             said.append(
-                f"{_where(study)}, the paper's call of L-BFGS-B stops where it starts on {len(stuck)} of {len(networks)} "
+                f"{where}, the paper's call of L-BFGS-B stops where it starts on {len(stuck)} of {len(networks)} "
                 f"networks ({roles}) and reports no rise: its 0 is not a flat minimum."
             )
         if published is not None and ours is not None and published.ratio is not None and ours.ratio is not None:
             said.append(
-                f"{_where(study)}, the ratio of large to small is {published.ratio:.3g} by the paper's solver and "
+                f"{where}, the ratio of large to small is {published.ratio:.3g} by the paper's solver and "
                 f"{ours.ratio:.3g} by ours."
             )
     return said
@@ -132,6 +137,7 @@ def _spectra(record: Record) -> list[str]:
     for study in ("protocol", "matched_loss"):
         if study not in record.studies:
             continue
+        where = _where(record, study)
         counts = record.paired(study, lambda n: _count(n, large))
         shares = [record.values(study, role, lambda n: _share(n, near)) for role in ("large", "small")]
         top = record.paired(study, top_eigenvalue)
@@ -139,7 +145,7 @@ def _spectra(record: Record) -> list[str]:
             continue
         near_zero = " % against ".join(f"{100 * statistics.fmean(values):.1f}" for values in shares)
         said.append(
-            f"{_where(study)}, the largest eigenvalue of the Hessian is higher for the large batch in {top.count(1)} of "
+            f"{where}, the largest eigenvalue of the Hessian is higher for the large batch in {top.count(1)} of "
             f"{top.num_seeds} seeds{_times(top)}; there are {statistics.fmean(counts.other):.1f} eigenvalues above "
             f"{large:.3g} against {statistics.fmean(counts.reference):.1f} ({counts.verdict(1)}), and "
             f"{near_zero} % lie within {near:.2g} of zero."

@@ -18,7 +18,19 @@ from .grounds import Ground
 from .record import EPSILONS, SPACES, BoxValue, Cone, Curvature
 from .settings import Settings
 
-__all__ = ["box_key", "boxes", "cone", "curvature", "evaluations", "measure", "metrics_for"]
+__all__ = [
+    "box_key",
+    "boxes",
+    "cone",
+    "curvature",
+    "evaluation",
+    "evaluations",
+    "failed",
+    "finite",
+    "loaded",
+    "measure",
+    "metrics_for",
+]
 
 _NAMED = {"published": "lbfgsb_published", "lbfgsb": "lbfgsb"}  # ours is each metric's own default
 
@@ -74,21 +86,31 @@ def measure(ground: Ground, model: nn.Module, name: str, *, tell: Callable[[str]
             progress=lambda event: tell(str(event)),
         ).to_dict()
     return {
-        "train": _finite(train),
-        "test": _finite(test),
+        "train": finite(train),
+        "test": finite(test),
         "distance": _distance(model, ground.model()),
         "report": report,
     }
 
 
-def _finite(evaluation: Evaluation) -> dict[str, float | None]:
+def finite(evaluation: Evaluation) -> dict[str, float | None]:
+    """JSON types; what is not finite is None."""
     return {key: value if math.isfinite(value) else None for key, value in evaluation._asdict().items()}
 
 
 def evaluations(found: Mapping[str, Any]) -> tuple[Evaluation, Evaluation]:
     """Training and test, as ``measure`` wrote them."""
-    halves = [Evaluation(*(math.nan if v is None else v for v in found[half].values())) for half in ("train", "test")]
-    return halves[0], halves[1]
+    return evaluation(found["train"]), evaluation(found["test"])
+
+
+def evaluation(found: Mapping[str, float | None]) -> Evaluation:
+    """The inverse of ``finite``; what was not finite is NaN."""
+    return Evaluation(**{key: math.nan if value is None else value for key, value in found.items()})
+
+
+def failed(found: Mapping[str, Any]) -> bool:
+    """Whether a metric failed: then it is worth another try, with more memory, say."""
+    return any(result.status.kind is Kind.FAILED for result in _results(found).values())
 
 
 def _distance(model: nn.Module, initial: nn.Module) -> float:
@@ -101,7 +123,7 @@ def _weights(model: nn.Module) -> list[Tensor]:
 
 
 def _results(found: Mapping[str, Any]) -> Mapping[str, MetricResult]:
-    return {} if found["report"] is None else SharpnessReport.from_dict(found["report"]).results
+    return {} if found.get("report") is None else SharpnessReport.from_dict(found["report"]).results
 
 
 def boxes(found: Mapping[str, Any]) -> tuple[BoxValue, ...]:

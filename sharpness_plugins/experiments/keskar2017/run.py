@@ -18,7 +18,6 @@ from torch import nn
 
 from ..files import versions, write_atomically
 from ..lines import ALPHAS, LINES, along_line
-from ..training import Evaluation
 from . import measurements
 from .findings import sentences, thresholds
 from .grounds import Ground, Grounds, repeatable
@@ -180,7 +179,8 @@ class _Work:
 
             tell = functools.partial(self._tell, number, unit, clock)
             began = time.monotonic()
-            if self._found(unit) is None:
+            before = self._found(unit)
+            if before is None or measurements.failed(before):
                 found = self._do(unit, tell)
                 clock.tick(unit, time.monotonic() - began)
                 tell(self._told(unit, found), finished=True)
@@ -228,7 +228,7 @@ class _Work:
         split, size = self._ground(unit).split, self.settings.evaluation_batch
         train_points, test_points = along_line(small, large, split, kind=kind, batch_size=size)
         halves = {"train": train_points, "test": test_points}
-        return {half: [[p.loss, p.accuracy] for p in points] for half, points in halves.items()}
+        return {half: [measurements.finite(point) for point in points] for half, points in halves.items()}
 
     def _told(self, unit: _Unit, found: Mapping[str, Any]) -> str:
         if unit.kind == "training":
@@ -355,7 +355,7 @@ class _Work:
 
     def _curve(self, unit: _Unit, entry: Mapping[str, Any]) -> Curve:
         study, kind = unit.subject
-        points = {half: tuple(Evaluation(*point) for point in entry[half]) for half in ("train", "test")}
+        points = {half: tuple(map(measurements.evaluation, entry[half])) for half in ("train", "test")}
         return Curve(kind, study, unit.seed, ALPHAS, points["train"], points["test"])
 
     def _trajectory(
