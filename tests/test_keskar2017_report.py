@@ -466,6 +466,9 @@ def test_what_failed_or_was_given_up_is_said(quick_page):
     assert "not finite" in text
     assert "have no value to use (failed" in text
     assert "equal training loss (2 of 4 given up)" in text
+    unmatched = changed(record, "matched_loss", "large", ended=lambda n: False)
+    assert "at equal training loss, where" in quick_page(record).elements("p")[0].text
+    assert "at equal training loss, where" not in quick_page(unmatched).elements("p")[0].text
 
 
 PARTS = ("studies", "roles", "seeds", "curves", "trajectories", "boxes", "curvature", "cone", "nan", "problems", "points")

@@ -81,7 +81,7 @@ def sharper(space: str, solver: str) -> Judge:
         stuck = _unmoved(reading, "protocol", (space, 1e-3, solver))
         here = "–" if paired is None else in_times(paired)
         matched = reading.paired("matched_loss", quantity)
-        if matched is not None and matched.ratio is not None:
+        if matched is not None and matched.ratio is not None and reading.matched("matched_loss"):
             here += f"; at matched loss {matched.ratio:.3g} times"
         if stuck and agrees is Agreement.YES:
             return Verdict(Agreement.PARTLY, here, stuck, paper)

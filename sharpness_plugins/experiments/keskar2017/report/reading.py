@@ -62,6 +62,10 @@ class Reading:
         seeds = sorted(first.keys() & second.keys())
         return pair([first[seed] for seed in seeds], [second[seed] for seed in seeds])
 
+    def matched(self, study: str) -> bool:
+        """Whether every network of a study came to the ending that they were to have in common."""
+        return all(network.ended for role in self.roles(study) for network in self.networks(study, role))
+
     def batch(self, study: str, role: str) -> str:
         """``batch 500``, or what the role is called where it has no condition."""
         condition = self.condition(study, role)

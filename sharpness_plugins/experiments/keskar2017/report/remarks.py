@@ -37,6 +37,8 @@ def _sharpness(reading: Reading) -> str:
     seeds = "the only seed" if paired.num_seeds == 1 else f"{paired.count(1)} of {paired.num_seeds} seeds"
     bounds = box_ratios("full", 1e-3).values()
     how = "Trained as in the paper" if study == "protocol" else "Trained to equal loss"
+    if study != "protocol" and not reading.matched(study):
+        how = "Trained to losses that differ, though they should not"
     if paired.ratio is None:
         return f"{how}, {large} ends in sharper minima than {small} in {seeds}."
     said = (
@@ -44,7 +46,7 @@ def _sharpness(reading: Reading) -> str:
         f"{min(bounds):.0f} to {max(bounds):.0f} times)"
     )
     matched = reading.paired("matched_loss", moved_box("full", 1e-3, "ours"))
-    if study == "protocol" and matched is not None and matched.ratio is not None:
+    if study == "protocol" and matched is not None and matched.ratio is not None and reading.matched("matched_loss"):
         said += f", and {matched.ratio:.2g} times at equal training loss, where the paper did not look"
     return f"{said}."
 
