@@ -1,4 +1,4 @@
-"""The README's tables from the records beside it: ``python -m benchmarks.keskar2017 --write`` after a new run."""
+"""The README's tables and the report from the records beside it: ``python -m benchmarks.keskar2017 --write`` after a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sharpness_plugins.experiments.keskar2017.record import Record
-from sharpness_plugins.experiments.keskar2017.report import markdown_tables
+from sharpness_plugins.experiments.keskar2017.report import markdown_tables, write_report
 
 from . import rescaling
 
@@ -40,11 +40,14 @@ def updated(readme: str, folder: Path = FOLDER) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.keskar2017", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into the README, instead of printing it")
+    parser.add_argument(
+        "--write", action="store_true", help="into the README, and the report beside it, instead of printing the README"
+    )
     chosen = parser.parse_args(arguments)
     readme = updated((FOLDER / "README.md").read_text(encoding="utf-8"))
     if chosen.write:
         (FOLDER / "README.md").write_text(readme, encoding="utf-8")
+        write_report(Record.read(FOLDER), FOLDER)
     else:
         print(readme)
     return 0

@@ -255,7 +255,7 @@ def distances(reading: Reading) -> list[Drawing]:
             "distances",
             "Distances from the initial weights",
             "Left: distance of the trained from the initial weights by what is held equal, small and large batch; "
-            f"{seeds(reading, studies[0])}, "
+            f"{seeds(reading, studies[0])}; "
             f"{BARS}. Right: the same on the way, against the number of steps, a line per seed.",
             f"Mean distance at small and large batch, {told}.",
             draw,
@@ -296,7 +296,7 @@ def remedies(reading: Reading) -> list[Drawing]:
             "Remedies: accuracy and sharpness",
             "Test accuracy and sharpness of the large batch with each remedy, beside the large batch without "
             "(orange) and the small "
-            f"batch (blue), at equal training loss; {seeds(reading, 'remedies')}, {BARS}.",
+            f"batch (blue), at equal training loss; {seeds(reading, 'remedies')}; {BARS}.",
             f"Test accuracy and sharpness, {told}.",
             draw,
         )
@@ -347,7 +347,7 @@ def controls(reading: Reading) -> list[Drawing]:
             "The paper's comparison with something else held equal",
             "Large against small batch, seed by seed: difference of test accuracy and ratio of sharpness (ε = 1e-3, "
             "full space), by "
-            f"what is held equal; {seeds(reading, studies[0])}, {BARS}. Grey: where the paper's six networks lie. "
+            f"what is held equal; {seeds(reading, studies[0])}; {BARS}. Grey: where the paper's six networks lie. "
             "Lines: no difference.",
             f"{told}.",
             draw,

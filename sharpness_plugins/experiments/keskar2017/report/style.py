@@ -35,6 +35,7 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 caption { text-align: left; padding-bottom: .4rem; font-weight: 600; color: var(--ink); }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--rule); text-align: right; vertical-align: top; }
 thead th { border-bottom: 2px solid var(--grey); vertical-align: bottom; min-width: 4.6rem; }
+thead th:first-child { text-align: left; }
 th[scope="row"] { text-align: left; font-weight: 500; min-width: 9rem; }
 tr.paper th, tr.paper td { color: var(--grey); }
 td.number { white-space: nowrap; }

@@ -332,7 +332,7 @@ def _cone(reading: Reading) -> Table | None:
     notes = (
         f"Steep: the loss rises by at least {steep:g} %, 100 (f(w + r d) − f(w)) / (1 + f(w)), as far out as a "
         "corner of the "
-        f"ε-box of 1e-3; {tried} random directions and {top} eigenvectors per network, the better of both signs.",
+        f"ε-box of 1e-3; {tried} random directions and {top} eigenvectors per network, the larger of both signs.",
     )
     return Table("cone", "Does the minimum resemble a cone?", ("", "small", "large", "large / small"), tuple(rows), notes)
 
