@@ -34,11 +34,11 @@ from sharpness_plugins.sampling import generator_for
 from test_keskar2017_data import write_cifar
 
 CONFIG = {"width": 0.05, "draws": 2, "dim": 5, "directions": 4, "density_nodes": 6, "eigenvalues": 2, "batch_sizes": [50]}
-COMMAND = ["reproduce", "keskar2017", "--quick", "--seeds", "1", "--config"]
+COMMAND = ["reproduce", "keskar2017", "--no-report", "--quick", "--seeds", "1", "--config"]
 
 
 def reproduce(*arguments):
-    assert main(["reproduce", "keskar2017", "--quiet", *map(str, arguments)]) == 0
+    assert main(["reproduce", "keskar2017", "--no-report", "--quiet", *map(str, arguments)]) == 0
 
 
 @pytest.fixture(scope="module")

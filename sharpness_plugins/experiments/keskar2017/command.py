@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import SharpnessError
+from ...errors import SharpnessError, missing_dependency
 
 if TYPE_CHECKING:
     from .record import Record
@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--out", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help=f"folder to write and to go on in ({DEFAULT_FOLDER})"
     )
+    how.add_argument("--no-report", action="store_true", help="record.json alone: no page, figures and CSV files")
     how.add_argument("--quiet", action="store_true", help="no progress")
 
 
@@ -80,6 +81,8 @@ def reproduce_command(arguments: argparse.Namespace, listener: Callable[[Reprodu
     from .run import Ranks, reproduce
 
     settings = _settings(arguments)
+    if not arguments.no_report:
+        missing_dependency("matplotlib.figure", extra="demo", purpose="the report (without one: --no-report)")
     ranks = Ranks.from_environment()
     began = time.monotonic()
     try:
@@ -100,8 +103,17 @@ def reproduce_command(arguments: argparse.Namespace, listener: Callable[[Reprodu
         raise SharpnessError(str(error)) from None
     if record is not None:
         print(told(record))
-        print(f"\nWrote record.json to {arguments.out} ({time.monotonic() - began:.0f} s)")
+        print(f"\nWrote {_written(record, arguments)} to {arguments.out} ({time.monotonic() - began:.0f} s)")
     return 0
+
+
+def _written(record: Record, arguments: argparse.Namespace) -> str:
+    if arguments.no_report:
+        return "record.json"
+    from .report import write_report
+
+    page, *others = write_report(record, arguments.out)
+    return f"{page.name} and {len(others)} files beside it"
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
