@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...files import write_atomically
+from .... import files
 from ..record import Record
 from .agreement import claims
 from .datasets import all_datasets
@@ -43,7 +43,7 @@ def write_report(record: Record, folder: Path) -> list[Path]:
     for name, content in contents.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
+        files.write(path, content)
     return [folder / name for name in contents]
 
 
