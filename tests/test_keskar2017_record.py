@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
+from pathlib import Path
 
 import pytest
 
 from keskar2017_example import example_record
 from sharpness_plugins.experiments.keskar2017 import record as model
+from sharpness_plugins.experiments.keskar2017.findings import top_eigenvalue
 from sharpness_plugins.experiments.keskar2017.record import STUDIES, Record, box
+from sharpness_plugins.experiments.paired import mean_and_spread
 
 
 def test_json_round_trip_keeps_every_field_and_is_stable():
@@ -68,3 +72,37 @@ def test_unknown_study_and_role_are_named():
         example_record().networks("matched", "small")
     with pytest.raises(ValueError, match="small, large"):
         example_record().networks("matched_loss", "medium")
+
+
+RECORDED = Path(__file__).parent.parent / "benchmarks" / "keskar2017"
+
+
+def test_the_recorded_run_holds_what_the_readme_says_of_it():
+    record = Record.read(RECORDED)
+    sharp = box("full", 1e-3, "ours")
+    assert record.seeds == (0, 1, 2, 3, 4)
+    matched = record.paired("matched_loss", sharp)
+    assert min(matched.seed_ratios) >= 3
+    assert record.paired("matched_loss", model.test_accuracy).count(-1) == 5
+    assert all(network.ended for network in record.all_networks)
+    roles = ["cold", "5", "12", "25", "50"]
+    for seed in range(5):
+        along = [record.values("warm_start", role, sharp)[seed] for role in roles]
+        assert along == sorted(along, reverse=True)
+    means = {role: statistics.fmean(record.values("warm_start", role, model.test_accuracy)) for role in (*roles, "small")}
+    assert [means[role] for role in roles] == sorted(means[role] for role in roles)
+    assert means["50"] >= means["small"]
+    readme = (RECORDED.parent.parent / "README.md").read_text(encoding="utf-8")
+    for study in ("protocol", "matched_loss"):
+        for quantity in (sharp, box("subspace", 1e-3, "ours"), top_eigenvalue):
+            paired = record.paired(study, quantity)
+            assert f"{mean_and_spread(paired.other)}         x {paired.ratio:.3g} " in readme
+
+
+def test_ends_of_the_recorded_lines_are_the_recorded_networks():
+    record = Record.read(RECORDED)
+    for curve in record.curves:
+        for alpha, role in ((0.0, "small"), (1.0, "large")):
+            network, place = record.networks(curve.study, role)[0], curve.alphas.index(alpha)
+            assert curve.train[place].loss == pytest.approx(network.train.loss, abs=1e-6)
+            assert curve.test[place].loss == pytest.approx(network.test.loss, abs=1e-6)
