@@ -1,15 +1,19 @@
-"""A closure that knows its batch, so that it can be cut in parts."""
+"""Closures: one that knows its batch, so that it can be cut in parts, and the passes that evaluate several."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from .. import distributed
+from ..accumulation import synchronized
 from ..batches import count_samples, rows_of
 
-__all__ = ["BatchClosure", "Closure"]
+__all__ = ["BatchClosure", "Closure", "evaluate", "parts_of", "total"]
 
 Closure = Callable[[], Any]
 
@@ -69,3 +73,74 @@ class BatchClosure:
             )
             for start in bounds
         ]
+
+
+def parts_of(closure: Closure | Sequence[Closure], m: int | None, *, cuts: bool) -> list[list[Closure]]:
+    """Closures that share an ascent, part by part.
+
+    Args:
+        m: samples that share one; None for all.
+        cuts: whether there is an ascent at all.
+    Raises:
+        ValueError: there is no closure, or one that cannot be cut.
+    """
+    closures = [closure] if callable(closure) else list(closure)
+    if not closures:
+        raise ValueError("no closure was given")
+    if m is None:
+        return [closures]
+    if callable(closure) and not isinstance(closure, BatchClosure):
+        raise ValueError(
+            f"m={m} cannot cut what a closure evaluates. Pass optimizer.step(BatchClosure(loss_fn, batch)), or one closure "
+            "for each part: optimizer.step([closure, closure, ...])"
+        )
+    parts = [part for one in closures for part in (one.split(m) if isinstance(one, BatchClosure) else [one])]
+    return [[part] for part in parts] if cuts else [parts]
+
+
+def evaluate(
+    closures: Sequence[Closure], parameters: Sequence[Tensor], modules: Sequence[nn.Module], *, exchanges: bool
+) -> list[Any]:
+    """Evaluate closures, whose gradients add up in ``.grad``; returns what they return, detached.
+
+    Args:
+        modules: average gradients over ranks, and can be told not to.
+        exchanges: whether they do, in the last closure's backward pass.
+    Raises:
+        RuntimeError: a closure cleared the gradients of those before it.
+    """
+    losses = []
+    for number, closure in enumerate(closures, 1):
+        with ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(synchronized(module, exchanges and number == len(closures)))
+            stack.enter_context(torch.enable_grad())
+            before = _accumulated(parameters)
+            loss = closure()
+            _check_accumulated(before)
+        losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+    return losses
+
+
+def total(losses: Sequence[Any]) -> Any:
+    found = losses[0]
+    for loss in losses[1:]:
+        found = found + loss
+    return found
+
+
+def _accumulated(parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Gradients that a further one is added to, in place. Ranks that exchange them put others in their place."""
+    if distributed.world_size() > 1:
+        return []
+    return [(p, p.grad) for p in parameters if p.grad is not None and p.grad.layout is torch.strided]
+
+
+def _check_accumulated(before: Sequence[tuple[Tensor, Tensor]]) -> None:
+    # backward(create_graph=True) puts sums in their place, which require gradients
+    now = ((parameter.grad, gradient) for parameter, gradient in before)
+    if any(found is None or (found is not gradient and not found.requires_grad) for found, gradient in now):
+        raise RuntimeError(
+            "a closure cleared the gradients of those before it, which add up. Leave out model.zero_grad(): step() "
+            "evaluates each closure with the gradients that it should have"
+        )

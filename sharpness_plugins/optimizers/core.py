@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import distributed, sampling
-from ..accumulation import synchronized
 from .around import OptimizerAround
 from .buffers import Modules, buffers_of
-from .closures import BatchClosure, Closure
+from .closures import Closure, evaluate, parts_of, total
 from .making import Ascent, Making, State, Uphill
 from .rho import Rho, radius
 from .rules import Rule
@@ -294,7 +293,7 @@ class SharpnessAware(OptimizerAround):
 
         Between the two, clip it, say; then ``step()``. An exception puts the gradients back that were there before.
         """
-        parts = self._parts(closure)
+        parts = parts_of(closure, self.m, cuts=self.next_ascents > 0)
         parameters = self._parameters()
         before = [parameter.grad for parameter in parameters]
         try:
@@ -391,21 +390,6 @@ class SharpnessAware(OptimizerAround):
 
     # --- its parts
 
-    def _parts(self, closure: Closure | Sequence[Closure]) -> list[list[Closure]]:
-        """Closures that share an ascent, part by part."""
-        closures = [closure] if callable(closure) else list(closure)
-        if not closures:
-            raise ValueError("no closure was given")
-        if self.m is None:
-            return [closures]
-        if callable(closure) and not isinstance(closure, BatchClosure):
-            raise ValueError(
-                f"m={self.m} cannot cut what a closure evaluates. Pass optimizer.step(BatchClosure(loss_fn, batch)), or one "
-                "closure for each part: optimizer.step([closure, closure, ...])"
-            )
-        parts = [part for one in closures for part in (one.split(self.m) if isinstance(one, BatchClosure) else [one])]
-        return [[part] for part in parts] if self.next_ascents else [parts]
-
     def _begin(self, scale: Tensor | float | None) -> Making:
         self._pending = None
         parameters = self._parameters()
@@ -450,6 +434,7 @@ class SharpnessAware(OptimizerAround):
             )
         count, first, second = self.next_ascents, [], []
         exchanges = self._are_sharded or not self._is_local  # sharded parameters have no gradient before
+        parameters, modules = making.parameters, self._modules.exchanging(making.parameters)
         for number, part in enumerate(parts, 1):
             is_last = number == len(parts)
             made = {parameter: parameter.grad for parameter in making.parameters}
@@ -459,50 +444,22 @@ class SharpnessAware(OptimizerAround):
             if self.rule.needs_gradient or not count:
                 for parameter in making.parameters:
                     parameter.grad = None
-                first += self._pass(part, exchanges=exchanges if count else is_last)
+                first += evaluate(part, parameters, modules, exchanges=exchanges if count else is_last)
                 making.evaluated = True
             else:
                 making.evaluated = False
             for ascent in range(count):
                 ends = ascent + 1 == count
                 with making.ascent(ascent, made if ends else None):
-                    losses = self._pass(part, exchanges=is_last or self._are_sharded if ends else exchanges)
+                    losses = evaluate(
+                        part, parameters, modules, exchanges=is_last or self._are_sharded if ends else exchanges
+                    )
                 second += losses if ends else []
         self._rewind = None
         if first and second and None not in (*first, *second):
-            making.surrogate_gap = _total(second) - _total(first)
+            making.surrogate_gap = total(second) - total(first)
         told = [loss for loss in first or second if loss is not None]
-        return told[0] if len(told) == 1 else _total(told) if told else None
-
-    def _pass(self, closures: Sequence[Closure], *, exchanges: bool) -> list[Any]:
-        """Evaluate them; ranks exchange gradients in the last one's backward pass, or not at all."""
-        losses = []
-        modules = self._modules.exchanging(self._parameters())
-        for number, closure in enumerate(closures, 1):
-            with ExitStack() as stack:
-                for module in modules:
-                    stack.enter_context(synchronized(module, exchanges and number == len(closures)))
-                stack.enter_context(torch.enable_grad())
-                before = self._accumulated()
-                loss = closure()
-                self._check_accumulated(before)
-            losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
-        return losses
-
-    def _accumulated(self) -> list[tuple[Tensor, Tensor]]:
-        """Gradients that a further one is added to, in place. Ranks that exchange them put others in their place."""
-        if distributed.world_size() > 1:
-            return []
-        return [(p, p.grad) for p in self._parameters() if p.grad is not None and p.grad.layout is torch.strided]
-
-    def _check_accumulated(self, before: list[tuple[Tensor, Tensor]]) -> None:
-        # backward(create_graph=True) puts sums in their place, which require gradients
-        now = ((parameter.grad, gradient) for parameter, gradient in before)
-        if any(found is None or (found is not gradient and not found.requires_grad) for found, gradient in now):
-            raise RuntimeError(
-                "a closure cleared the gradients of those before it, which add up. Leave out model.zero_grad(): step() "
-                "evaluates each closure with the gradients that it should have"
-            )
+        return told[0] if len(told) == 1 else total(told) if told else None
 
     def _base_stepped(self) -> None:
         making, self._pending = self._pending, None
@@ -579,13 +536,6 @@ class _Unscaled:
 
     def __init__(self, base: Optimizer) -> None:
         self.param_groups, self.step = base.param_groups, base.step
-
-
-def _total(losses: Sequence[Any]) -> Any:
-    total = losses[0]
-    for loss in losses[1:]:
-        total = total + loss
-    return total
 
 
 def _check(base: Optimizer, rule: Rule, m: int | None, interval: int, perturb: str) -> None:
