@@ -1,4 +1,4 @@
-"""The console script ``sharpness``: demo, warm-start, measure, list, doctor.
+"""The console script ``sharpness``: demo, warm-start, reproduce, measure, list, doctor.
 
 Heavy modules are imported by the sub-command that needs them, so that ``--help`` and ``list`` answer at once.
 """
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from .experiments.curve import WarmStartCurve
     from .experiments.demo import DemoResult
+    from .experiments.keskar2017.run import ReproductionEvent
     from .experiments.recipes import ExperimentEvent
     from .registry import Offer
 
@@ -59,8 +60,8 @@ class CommandError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0: fine; 1: an error that the user can mend, in one line on standard error; 2: a metric failed, with the report
-    printed all the same; 130: interrupted.
+    0: fine; 1: an error that the user can mend, in one line on standard error; 2: a metric failed or was stopped at a time
+    limit, with the report printed all the same; 130: interrupted by Ctrl-C, with the report as far as it came.
     """
     try:
         arguments = _parser().parse_args(argv)
@@ -132,9 +133,12 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sharpness", description="How sharp is this minimum? Sharpness measured on any PyTorch model.")
     parser.add_argument("--version", action="version", version=f"sharpness-plugins {_version('sharpness-plugins')}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{demo,warm-start,measure,list,doctor}")
+    commands = parser.add_subparsers(
+        title="commands", required=True, metavar="{demo,warm-start,reproduce,measure,list,doctor}"
+    )
     _add_demo(commands)
     _add_warm_start(commands)
+    _add_reproduce(commands)
     _add_measure(commands)
     _add_list(commands)
     _add_doctor(commands)
@@ -195,6 +199,21 @@ def _add_warm_start(commands: Any) -> None:
     warm.set_defaults(command=_warm_start)
 
 
+def _add_reproduce(commands: Any) -> None:
+    from .experiments.keskar2017.command import add_arguments
+
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="Keskar et al. (2017), its tables and figures, with controls that it lacks (a quarter of an hour on digits)",
+        description="Trains the paper's networks with small and large batches, measures every minimum by the paper's solver "
+        "and by ours, repeats Figures 3 to 6, the remedies and the controls that the paper lacks, and says what reproduces "
+        "and what does not. What is done is kept in --out: the same command goes on after a kill. Under torchrun the ranks "
+        "share the work. Needs sharpness-plugins[demo] for digits; other data are read from original files of yours.",
+    )
+    add_arguments(reproduce)
+    reproduce.set_defaults(command=_reproduce)
+
+
 def _add_measure(commands: Any) -> None:
     measure = commands.add_parser(
         "measure",
@@ -219,6 +238,24 @@ def _add_measure(commands: Any) -> None:
     measure.add_argument("--max-samples", type=int, metavar="N", help="use at most the first N samples")
     measure.add_argument("--seed", type=int, metavar="N", help="default: 0")
     measure.add_argument("--device", help="default: where the model is")
+    measure.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what the measurement would take, from one timed gradient and product, and end",
+    )
+    measure.add_argument(
+        "--memory", metavar="BYTES", help="what may be kept between evaluations: 4GB (default: half of what is free)"
+    )
+    measure.add_argument(
+        "--time-limit", type=float, metavar="S", help="stop after so many seconds, with what there is by then"
+    )
+    measure.add_argument("--metric-time-limit", type=float, metavar="S", help="the same for each metric")
+    measure.add_argument(
+        "--state-file",
+        type=Path,
+        metavar="FILE",
+        help="keep the state of the measurement here, and go on from it if it is there, after a kill to the same numbers",
+    )
     measure.add_argument("--json", metavar="FILE", help="also write the report as JSON; - prints it instead of the table")
     measure.add_argument("--quiet", action="store_true", help="no progress")
     measure.set_defaults(command=_measure)
@@ -297,6 +334,13 @@ def _warm_start(arguments: argparse.Namespace) -> int:
     return _written(curve, arguments.out)
 
 
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from .experiments.keskar2017.command import reproduce_command
+
+    _check_device(arguments.device)
+    return reproduce_command(arguments, None if arguments.quiet else ExperimentProgress(sys.stderr))
+
+
 class ExperimentProgress:
     """One line per finished network, anywhere; on a terminal also a line redrawn in place."""
 
@@ -304,7 +348,7 @@ class ExperimentProgress:
         self._stream = stream
         self._drawn_at = 0.0
 
-    def __call__(self, event: ExperimentEvent) -> None:
+    def __call__(self, event: ExperimentEvent | ReproductionEvent) -> None:
         on_terminal, now = self._stream.isatty(), time.monotonic()
         if event.finished:
             self._stream.write((CLEAR_LINE if on_terminal else "") + f"{event}\n")
@@ -360,20 +404,41 @@ def _measure(arguments: argparse.Namespace) -> int:
                 load_checkpoint(settings["model"], arguments.checkpoint)
         if asked:
             settings["metrics"] = [_metric(name, given) for name, given in asked]
-        for name in ("select", "batch_norm", "max_samples", "seed", "device"):
+        given = ["select", "batch_norm", "max_samples", "seed", "device"]
+        given += ["memory", "time_limit", "metric_time_limit", "state_file"]
+        for name in given:
             if getattr(arguments, name) is not None:  # what is not given is left to the set-up, then to the library
                 settings[name] = getattr(arguments, name)
         if arguments.quiet:
             settings["progress"] = False
-        report = measure_sharpness(**settings)
+        if arguments.dry_run:
+            return _dry_run(arguments, settings)
+        with warnings.catch_warnings():
+            # the table says so
+            warnings.filterwarnings("ignore", "the measurement was stopped by Ctrl-C", MeasurementWarning)
+            report = measure_sharpness(**settings)
     if arguments.json == "-":
         print(report.to_json())
     else:
         print(report)
     if arguments.json not in (None, "-"):
         files.write(arguments.json, report.to_json() + "\n")
-    failed = any(result.status.kind == "failed" for _, result in report.items())
-    return METRIC_FAILED if failed else OK
+    if report.stopped == "by Ctrl-C":
+        print("sharpness: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    incomplete = any(result.status.kind in ("failed", "interrupted", "not measured") for result in report.values())
+    return METRIC_FAILED if incomplete else OK
+
+
+def _dry_run(arguments: argparse.Namespace, settings: Mapping[str, Any]) -> int:
+    from . import plan_measurement
+
+    known = inspect.signature(plan_measurement).parameters
+    plan = plan_measurement(**{name: value for name, value in settings.items() if name in known})
+    print(plan.to_json() if arguments.json == "-" else plan)
+    if arguments.json not in (None, "-"):
+        files.write(arguments.json, plan.to_json() + "\n")
+    return OK
 
 
 def _asked(text: str) -> tuple[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 import torch
@@ -67,6 +68,10 @@ class Fingerprint:
         same.num_batches, same.num_samples = self.num_batches, self.num_samples
         same._sums = [] if self.sums is None else [self.sums]
         return same
+
+    def checksum(self) -> str:
+        sums = [f"{number:.9e}" for row in self._sums for number in row.tolist()]
+        return hashlib.sha256(repr((self.num_batches, self.num_samples, sums)).encode()).hexdigest()
 
     def difference(self, other: Fingerprint) -> str | None:
         """What another pass gave that the first did not, as a clause; None where they agree."""

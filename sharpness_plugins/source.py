@@ -88,6 +88,11 @@ class BatchSource:
         return self._cache is not None
 
     @property
+    def num_bytes(self) -> int:
+        """Of the batches that are kept."""
+        return sum(num_bytes(batch.data) for batch in self._cache or ())
+
+    @property
     def num_batches(self) -> int:
         """Over all ranks, as ``num_samples``."""
         return self._all.num_batches
@@ -110,6 +115,10 @@ class BatchSource:
     def keep_whole(self) -> None:
         """Cut no batch into pieces: to be said before ``load`` is called again."""
         self._share.cuts, self.uncut = False, None
+
+    def checksum(self) -> str:
+        """Of the samples and their batches, up to the rounding of sums."""
+        return self._first.checksum()
 
     def load(self) -> None:
         """The first pass: counts, fills the cache, and checks that a second pass gives the same samples."""

@@ -17,12 +17,14 @@ ADAPTERS = PACKAGE.parent / "adapters" / "sharpness_adapters"
 LAYERS = {
     "distributed": 0,
     "errors": 0,
+    "expected": 0,
     "interrupts": 0,
     "memory": 0,
     "progress": 0,
     "report": 0,
     "files": 0,
     "sampling": 0,
+    "stopping": 0,
     "schema": 0,
     "texts": 0,
     "reductions": 0,
@@ -46,6 +48,8 @@ LAYERS = {
     "samplers": 1,
     "schedules": 1,
     "space": 1,
+    "state_file": 1,
+    "steps": 1,
     "subspace": 1,
     "agreement": 2,
     "evaluation": 2,
@@ -68,6 +72,8 @@ LAYERS = {
     "metrics": 3,
     "builtin": 4,
     "measure": 4,
+    "planning": 4,
+    "resuming": 3,
     "monitor": 4,
     "signals": 4,
     "controller": 4,
@@ -82,6 +88,8 @@ SAME_LAYER = {  # who may import whom beside itself; everything else in a layer 
     "distributed": {"errors"},
     "report": {"errors", "schema"},
     "reductions": {"sampling"},
+    "stopping": {"errors"},
+    "steps": {"state_file"},
     "batches": set(),
     "coupling": {"schedules"},
     "losses": {"batches"},
@@ -103,9 +111,11 @@ SAME_LAYER = {  # who may import whom beside itself; everything else in a layer 
     "registry": {"plugin_loading", "specs"},
     "builtin": {"signals"},
     "metrics": {"registry", "specs"},
+    "resuming": {"registry"},
     "optimizers": {"accumulation", "batches", "kernels"},
     "pacing": {"schedules"},
     "monitor": {"measure"},
+    "planning": {"measure"},
     "modes": {"sharded"},
     "fingerprints": {"batches"},
     "probe": {"batches", "source"},
@@ -118,7 +128,7 @@ SAME_LAYER = {  # who may import whom beside itself; everything else in a layer 
     "experiments": {"plots"},
 }
 NO_TORCH = ("errors", "files", "texts", "report", "schema", "progress", "specs", "plugin_loading", "registry", "cli")
-NO_TORCH += ("__main__", "__init__")
+NO_TORCH += ("__main__", "__init__", "expected", "stopping")
 NO_TORCH += tuple(f"schedules/{file.stem}" for file in sorted((PACKAGE / "schedules").glob("*.py")))
 SHELL_ONLY = {"plots": {"report", "errors"}}
 
