@@ -17,7 +17,7 @@ STORAGES = ("full", "half", "host")
 _COLUMNS = 2**19  # bounds what is copied or converted at a time; measured on a CPU, a fifth faster than 2^15
 
 
-WORTH_SHARING = 2**22  # bytes of a vector, from which on ranks keep a part of each; to share takes a message a step
+WORTH_SHARING = 2**27  # bytes of a vector, from which on ranks keep a part of each; a step then sends one vector more
 
 
 def bytes_per_vector(like: Tensor, storage: str) -> int:
