@@ -1,4 +1,4 @@
-"""The console script ``sharpness``: demo, warm-start, measure, list, doctor.
+"""The console script ``sharpness``: demo, warm-start, reproduce, measure, list, doctor.
 
 Heavy modules are imported by the sub-command that needs them, so that ``--help`` and ``list`` answer at once.
 """
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from .experiments.curve import WarmStartCurve
     from .experiments.demo import DemoResult
+    from .experiments.keskar2017.run import ReproductionEvent
     from .experiments.recipes import ExperimentEvent
     from .registry import Offer
 
@@ -132,9 +133,12 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sharpness", description="How sharp is this minimum? Sharpness measured on any PyTorch model.")
     parser.add_argument("--version", action="version", version=f"sharpness-plugins {_version('sharpness-plugins')}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{demo,warm-start,measure,list,doctor}")
+    commands = parser.add_subparsers(
+        title="commands", required=True, metavar="{demo,warm-start,reproduce,measure,list,doctor}"
+    )
     _add_demo(commands)
     _add_warm_start(commands)
+    _add_reproduce(commands)
     _add_measure(commands)
     _add_list(commands)
     _add_doctor(commands)
@@ -193,6 +197,21 @@ def _add_warm_start(commands: Any) -> None:
     )
     warm.add_argument("--quiet", action="store_true", help="no progress")
     warm.set_defaults(command=_warm_start)
+
+
+def _add_reproduce(commands: Any) -> None:
+    from .experiments.keskar2017.command import add_arguments
+
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="Keskar et al. (2017), its tables and figures, with controls that it lacks (a quarter of an hour on digits)",
+        description="Trains the paper's networks with small and large batches, measures every minimum by the paper's solver "
+        "and by ours, repeats Figures 3 to 6, the remedies and the controls that the paper lacks, and says what reproduces "
+        "and what does not. What is done is kept in --out: the same command goes on after a kill. Under torchrun the ranks "
+        "share the work. Needs sharpness-plugins[demo] for digits; other data are read from original files of yours.",
+    )
+    add_arguments(reproduce)
+    reproduce.set_defaults(command=_reproduce)
 
 
 def _add_measure(commands: Any) -> None:
@@ -315,6 +334,13 @@ def _warm_start(arguments: argparse.Namespace) -> int:
     return _written(curve, arguments.out)
 
 
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from .experiments.keskar2017.command import reproduce_command
+
+    _check_device(arguments.device)
+    return reproduce_command(arguments, None if arguments.quiet else ExperimentProgress(sys.stderr))
+
+
 class ExperimentProgress:
     """One line per finished network, anywhere; on a terminal also a line redrawn in place."""
 
@@ -322,7 +348,7 @@ class ExperimentProgress:
         self._stream = stream
         self._drawn_at = 0.0
 
-    def __call__(self, event: ExperimentEvent) -> None:
+    def __call__(self, event: ExperimentEvent | ReproductionEvent) -> None:
         on_terminal, now = self._stream.isatty(), time.monotonic()
         if event.finished:
             self._stream.write((CLEAR_LINE if on_terminal else "") + f"{event}\n")

@@ -23,12 +23,15 @@ __all__ = ["append", "update", "write"]
 _PATIENCE = 10.0  # seconds to wait for another process, which holds the file for milliseconds
 
 
-def write(path: str | os.PathLike[str], content: str | bytes) -> None:
+def write(path: str | os.PathLike[str], content: str | bytes, *, durable: bool = True) -> None:
     """The file appears complete or not at all; where this fails, an old one stays as it was.
 
     Of several processes that write it at once, one's content stays. A link keeps pointing where it does; what is no plain
     file (a pipe, ``/dev/stdout``) is written to directly. Text is UTF-8.
 
+    Args:
+        durable: wait for the disk, 10 ms or so. False is for what is written often and can be made again: after a loss of
+            power, and not after a kill, the file may be broken.
     Raises:
         OSError: the disk is full, the folder is missing or must not be written to.
     """
@@ -41,7 +44,7 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
         with open(path, "wb", buffering=0) as special:
             _write_all(special, data)
         return
-    _replace(Path(os.path.realpath(path)), data, mode)
+    _replace(Path(os.path.realpath(path)), data, mode, durable=durable)
 
 
 def append(path: str | os.PathLike[str], line: str) -> None:
@@ -72,12 +75,13 @@ def update(path: str | os.PathLike[str], change: Callable[[str], str]) -> None:
             _replace(Path(os.path.realpath(place)), new.encode(), os.fstat(file.fileno()).st_mode)
 
 
-def _replace(target: Path, data: bytes, mode: int | None) -> None:
+def _replace(target: Path, data: bytes, mode: int | None, *, durable: bool = True) -> None:
     beside = target.with_name(f".{target.name[:80]}.{uuid.uuid4().hex[:12]}.tmp")  # processes of other machines, too
     try:
         with open(beside, "xb", buffering=0) as file:
             _write_all(file, data)
-            os.fsync(file.fileno())  # some file systems tell only now that the disk is full
+            if durable:
+                os.fsync(file.fileno())  # some file systems tell only now that the disk is full
         if mode is not None:
             os.chmod(beside, stat.S_IMODE(mode))
         os.replace(beside, target)

@@ -62,8 +62,8 @@ class _Graph:
 class HessianProducts:
     """Products of the Hessian of a batch's part of the mean loss with vectors, all in the way that a probe chose.
 
-    In gradients a product, measured on ResNet-18: double backward with the first graph kept from an earlier product 1.6
-    (and the memory of that graph), double backward 2.6, forward over reverse 3.2, central differences 2. Double backward
+    In gradients a product, measured on ResNet-18: double backward with the first graph kept from an earlier product 1.5
+    (and the memory of that graph), double backward 2.5, forward over reverse 3.2, central differences 2. Double backward
     goes through ``ClosedForms`` of convolutions and BatchNorm; without them it takes 2.1 and 3.1. The probe runs once, on a
     few samples of the first batch: it takes the first of these whose ``uᵀHv`` equals ``vᵀHu`` and with which another one
     agrees, or else differences of gradients in float64; neither of these judges uses closed forms, and where they fail or

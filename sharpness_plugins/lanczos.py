@@ -41,7 +41,7 @@ def lanczos(
     Krylov space is invariant before enough pairs are found, it goes on from a new random vector, orthogonal to it.
 
     Cost: one ``matvec`` a step (one pass over the data each, for a Hessian). Beside it, two sweeps over the vectors found
-    so far: 7 % of the products of ResNet-18 on a CPU. One transfer to the host a step, of the coefficients.
+    so far: a tenth of the products of ResNet-18 on a CPU. One transfer to the host a step, of the coefficients.
     Memory: the basis, allocated once (0.6 GB for ResNet-18 in float32 with 14 vectors), and three vectors more; when it is
     full, the best Ritz vectors stay and the others make room.
 

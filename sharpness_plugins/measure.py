@@ -36,6 +36,8 @@ __all__ = ["DEFAULT_METRICS", "Metrics", "ask_plugins", "measure_sharpness", "re
 # by their qualified names: a plugin that offers one of these names makes the bare name ambiguous, but not this call
 DEFAULT_METRICS = ("builtin:epsilon_box", "builtin:random_subspace", "builtin:hessian_topk")
 
+_PLAIN = (int, float, str, bool, type(None))
+
 Metrics: TypeAlias = "str | Metric | Iterable[str | Metric] | Mapping[str, str | Metric] | None"
 
 
@@ -127,7 +129,11 @@ def measure_sharpness(
             switch = StopSwitch(
                 time_limit=time_limit, metric_time_limit=metric_time_limit, on_interrupt=on_interrupt, agree=agree
             )
-        group.agree("metrics", list(chosen))
+        asked = {
+            key: {k: v for k, v in registry.metric_settings(metric).items() if isinstance(v, _PLAIN)}
+            for key, metric in chosen.items()
+        }
+        group.agree("metrics and settings", [asked, seed, batch_norm, max_samples])
     with switch:
         with group.together():
             objective = Objective(
@@ -204,11 +210,13 @@ class _Run:
                 raise
             had = "what hung could not be asked for what it had" if isinstance(stop, Overdue) else "it had no number yet"
             result = MetricResult.not_measured(f"stopped {switch.raised}, when {had}")
-        except (KeyboardInterrupt, SystemExit) as error:
+        except KeyboardInterrupt as error:
             ranks.leave(error)
             raise
         except Exception as error:
             failed, result = error, MetricResult.failed("")
+        except SystemExit as stop:  # of a script that was made a metric; it must not end the training around it
+            failed, result = RuntimeError(f"it called sys.exit({stop.code!r})"), MetricResult.failed("")
         else:
             if switch.raised:
                 result = result.interrupted(switch.raised)
@@ -314,10 +322,7 @@ def _provenance(objective: Objective, chosen: Mapping[str, Metric], seed: int) -
         plugin, distribution, version = registry.metric_provenance(metric) or ("this session", "", "")
         measured[key] = {
             "metric": registry.metric_name(metric),
-            "settings": {
-                k: v if isinstance(v, (int, float, str, bool, type(None))) else repr(v)
-                for k, v in registry.metric_settings(metric).items()
-            },
+            "settings": {k: v if isinstance(v, _PLAIN) else repr(v) for k, v in registry.metric_settings(metric).items()},
             "plugin": plugin,
             "distribution": distribution,
             "version": version,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import agreement, modes, sampling, sharded, stopping
-from .batches import Batch, BatchSource
+from .batches import Batch
 from .distributed import Ranks, resolve_ranks, world_size
 from .errors import RemoteFailureError
 from .evaluation import Evaluator, LossSums, joined, mean_of
@@ -24,6 +24,7 @@ from .progress import ProgressEvent, ProgressListener
 from .report import Cost
 from .shares import share_of
 from .sketch import Sketch
+from .source import BatchSource
 from .space import ParameterSpace, Select
 from .steps import evaluation, stoppable
 
@@ -56,7 +57,7 @@ class Objective:
         max_samples: use the first so many samples.
         device: where to evaluate; None for the device of the parameters.
         cache_bytes: of ``memory``, for the batches; None for half of what the vectors leave, at most 4 GiB unless ``memory``
-            is given. See ``batches.BatchSource``.
+            is given. See ``source.BatchSource``.
         seed: of shuffling and augmenting loaders.
         plugin_rule: asked for a loss after ``loss_fn`` and ``criterion``.
         listener: receives a ``ProgressEvent`` after every batch.
@@ -344,7 +345,7 @@ class Objective:
 
         Exact, by the way that a probe chooses at the first product (``hvp.HessianProducts``); ``hvp_mode`` names it. Inside
         a ``session`` the graphs of the gradients are kept between products at the same point, as many as fit in
-        ``graph_bytes``: 1.6 gradients a product of ResNet-18 and not 2.6. Attention runs on the MATH backend, which alone
+        ``graph_bytes``: 1.5 gradients a product of ResNet-18 and not 2.5. Attention runs on the MATH backend, which alone
         has second derivatives. One pass.
 
         Raises:

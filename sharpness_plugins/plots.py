@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import missing_dependency
 from .report import MetricResult, SharpnessReport
@@ -25,7 +25,7 @@ UNITS = {
 }
 
 
-def _figure(**settings: Any) -> Figure:
+def new_figure(**settings: Any) -> Figure:
     """Without pyplot, whose registry would keep every figure alive and might open windows."""
     matplotlib = missing_dependency("matplotlib.figure", extra="plots", purpose="a plot")
     figure: Figure = matplotlib.Figure(layout="constrained", **settings)
@@ -51,7 +51,7 @@ def alpha_plot(
         small: name of the minimum at ``alpha = 0``.
     Source: Keskar et al. (2017), Figure 3, there with a linear loss axis.
     """
-    figure = _figure(figsize=(7.5, 4.8))
+    figure = new_figure(figsize=(7.5, 4.8))
     losses = figure.add_subplot()
     accuracies = losses.twinx()
     for style, marker, kind, loss, accuracy in (
@@ -108,7 +108,7 @@ def sharpness_plot(
     panels.update({label: (label, values) for label, values in (others or {}).items()})
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = _figure(figsize=(4.4 * columns, 3.1 * rows))
+    figure = new_figure(figsize=(4.4 * columns, 3.1 * rows))
     for place, (name, (label, values)) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
         _dots_and_means(axes, x, values, apart or {})
@@ -139,16 +139,19 @@ def _dots_and_means(axes: Axes, x: Sequence[float], values: Sequence[float], apa
         axes.set_xticks(places, [f"{place:g}" for place in places])
         axes.minorticks_off()
     if _wide([value for _, _, value in finite]):
-        _logarithmic(axes)
+        logarithmic(axes)
     axes.grid(alpha=0.3)
 
 
-def _logarithmic(axes: Axes) -> None:
+def logarithmic(axes: Axes, which: Literal["x", "y"] = "y") -> None:
+    """20, 50, 100 where the default has 2 × 10¹; powers of ten alone on an axis of more than two of them."""
     ticker = missing_dependency("matplotlib.ticker", extra="plots", purpose="a plot")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))  # 20, 50, 100 where the default has 2 × 10¹
-    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    low, high = sorted(axes.get_xlim() if which == "x" else axes.get_ylim())
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high <= 100 * low else (1,)))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def warm_start_plot(
@@ -178,17 +181,17 @@ def warm_start_plot(
         match: where all trainings end, in words.
     Source: Keskar et al. (2017), Figure 5, there one run and no logarithm.
     """
-    figure = _figure(figsize=(7.5, 6.6))
+    figure = new_figure(figsize=(7.5, 6.6))
     above = figure.add_subplot(2, 1, 1)
     below = figure.add_subplot(2, 1, 2, sharex=above)
     as_percent = [[100 * share for share in shares] for shares in small_accuracy.values()]
     alone = f"{small} alone, to {match}" if match else f"{small} alone"
-    _bars(above, list(small_accuracy), as_percent, color=BLUE, marker="s", label=f"{small}, after so many epochs")
-    _bars(
+    error_bars(above, list(small_accuracy), as_percent, color=BLUE, marker="s", label=f"{small}, after so many epochs")
+    error_bars(
         above, epochs, [[100 * share for share in shares] for shares in large_accuracy], color=ORANGE, marker="o",
         label=f"{large} started there" + (f", to {match}" if match else ""),
     )  # fmt: skip
-    _bars(below, epochs, sharpness, color=ORANGE, marker="o", label=None)
+    error_bars(below, epochs, sharpness, color=ORANGE, marker="o", label=None)
     for axes, values in ((above, [100 * share for share in end_accuracy]), (below, end_sharpness)):
         finite = [value for value in values if math.isfinite(value)]
         if finite:
@@ -200,14 +203,14 @@ def warm_start_plot(
     below.set_xlabel(f"epochs at {small} before {large}")
     shown = [v for values in (*sharpness, end_sharpness) for v in values if math.isfinite(v)]
     if shown and min(shown) > 0:
-        _logarithmic(below)
+        logarithmic(below)
     handles, labels = above.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=1, frameon=False)
     figure.suptitle(title, fontsize="medium")
     return figure
 
 
-def _bars(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], **style: Any) -> None:
+def error_bars(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], **style: Any) -> None:
     """Mean and sample standard deviation at every place that has a finite value."""
     kept = [(place, [v for v in at if math.isfinite(v)]) for place, at in zip(x, values, strict=True)]
     kept = [(place, at) for place, at in kept if at]
@@ -250,7 +253,7 @@ def density_plot(result: MetricResult, *, title: str = "") -> Figure:
     settled, width = details["settled_eigenvalues"], details["width"]
     one = details["weights"][-1] / (width * math.sqrt(2 * math.pi)) if settled else 1e-5 * max(density)
     floor = one / 10
-    figure = _figure(figsize=(7.5, 4.5))
+    figure = new_figure(figsize=(7.5, 4.5))
     axes = figure.add_subplot()
     axes.fill_between(
         grid,

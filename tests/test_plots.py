@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sharpness_plugins.plots import alpha_plot, sharpness_plot, warm_start_plot
+from sharpness_plugins.plots import alpha_plot, logarithmic, new_figure, sharpness_plot, warm_start_plot
 from sharpness_plugins.report import Kind, MetricResult, SharpnessReport, Status
 
 ALPHAS = [-1.0, 0.0, 1.0, 2.0]
@@ -139,6 +139,21 @@ def test_warm_start_plot_leaves_out_what_failed_and_has_no_bars_for_one_seed():
     assert line_data(below.containers[0][0]) == ([5], [-1])
     assert below.get_yscale() == "linear"
     assert len(below.get_lines()) == 1  # no line across without a value
+
+
+@pytest.mark.parametrize(("top", "labels"), [(90.0, {"10", "20", "50"}), (1e5, {"10", "100", "1000", "10000"})])
+def test_a_logarithmic_axis_has_plain_numbers_and_on_a_wide_one_powers_of_ten_alone(top, labels):
+    for which in ("x", "y"):
+        axes = new_figure().add_subplot()
+        axes.plot([2.0, top], [2.0, top])
+        logarithmic(axes, which)
+        axes.figure.draw_without_rendering()
+        axis = axes.xaxis if which == "x" else axes.yaxis
+        low, high = axis.get_view_interval()
+        shown = {label.get_text() for label in axis.get_ticklabels() if low <= float(label.get_text()) <= high}
+        assert shown >= labels
+        assert all(label.get_text() == "" for label in axis.get_ticklabels(minor=True))
+        assert ("20" in shown) == (top == 90.0)
 
 
 def test_plots_leave_no_figure_behind_and_need_no_display():

@@ -6,7 +6,6 @@ With two hidden layers, convolutions or batch normalization, the half about accu
 
 from __future__ import annotations
 
-import copy
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +20,10 @@ from ..plots import alpha_plot, sharpness_plot
 from .comparison import BatchSizeComparison
 from .data import Split, digits_split
 from .files import csv_text, versions, write_results
+from .lines import ALPHAS, along_line
 from .networks import relu_mlp
 from .recipes import ExperimentEvent, ExperimentListener, Network, Recipe, measured
-from .training import Evaluation, Training, evaluate, one_thread, train_to_loss
+from .training import Evaluation, Training, one_thread, train_to_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,6 @@ __all__ = ["AlphaCurve", "DemoResult", "DemoSettings", "alpha_curve", "run_demo"
 
 SCHEMA_VERSION = 1
 TEXT_WIDTH = 112  # of the table with four batch sizes
-ALPHAS = tuple(-1 + step / 8 for step in range(25))  # the paper's linspace(-1, 2, 25): hits 0 and 1 exactly
 
 
 @dataclass(frozen=True)
@@ -281,13 +280,5 @@ def alpha_curve(
     alphas: Sequence[float] = ALPHAS,
 ) -> AlphaCurve:
     """Loss and accuracy on the straight line through both minima; at 0 and 1 the weights are theirs, bit for bit."""
-    between = copy.deepcopy(small)
-    ends = [{name: weight.double() for name, weight in model.state_dict().items()} for model in (small, large)]
-    device = next(iter(ends[0].values())).device
-    train, test = split.train.to(device), split.test.to(device)
-    train_points, test_points = [], []
-    for alpha in alphas:
-        between.load_state_dict({name: alpha * ends[1][name] + (1 - alpha) * ends[0][name] for name in ends[0]})
-        train_points.append(evaluate(between, train))
-        test_points.append(evaluate(between, test))
-    return AlphaCurve(seed, *batch_sizes, tuple(alphas), tuple(train_points), tuple(test_points))
+    train, test = along_line(small, large, split, alphas=alphas)
+    return AlphaCurve(seed, *batch_sizes, tuple(alphas), tuple(train), tuple(test))

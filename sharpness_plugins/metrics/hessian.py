@@ -46,8 +46,8 @@ class HessianTopK:
         guard, check_multiplicity, max_basis, storage: see ``krylov.LanczosRequest``.
         select: globs of parameter names: the eigenvalues of their block.
         hvp: how products are made; None for the objective's own choice, otherwise one of ``hvp.HVP_MODES``.
-    Cost: typically 8 to 12 products for k = 1 and 13 to 25 for k = 5, each about two gradients where the graphs fit in
-        memory and three where not; ``2 k + 4`` vectors of memory, or down to ``k + 3`` where no more fit.
+    Cost: typically 8 to 12 products for k = 1 and 13 to 25 for k = 5, each two gradients where the graphs fit in memory
+        (1.5 for ResNet-18) and three where not; ``2 k + 4`` vectors of memory, or down to ``k + 3`` where no more fit.
     """
 
     k: int = 5
