@@ -106,7 +106,7 @@ def measure_sharpness(
             the first one counts, at evaluations only, and Ctrl-C is ``KeyboardInterrupt``.
         state_file: keep the state of the measurement in this file, and go on from it if it is there: after a kill, to the
             same numbers bit for bit. Finished metrics are not measured again, and evaluations of the metric in hand only as
-            far as they were not kept, which they are while keeping them takes at most 5 % of their time and the file no
+            far as they were not kept, which they are while keeping them takes about 5 % of their time and the file no
             more than about 32 vectors of ``dim`` (twice that on the disk). Nothing in it is unpickled. After the
             measurement it holds the results.
     Returns:

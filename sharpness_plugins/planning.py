@@ -155,7 +155,8 @@ def plan_measurement(
     """What ``measure_sharpness`` with these arguments is expected to take.
 
     Counts are ranges where they depend on the data: where a solver or Lanczos stops. Times are those of one gradient and one
-    product, of the second one where the first took less than ten seconds; the vector arithmetic between them is not in it.
+    product, of a second one unless the first took long (ten seconds, and a minute); vector arithmetic between them is not in
+    it.
 
     Args: as of ``measure_sharpness``.
     Cost: reading the data, a loss, one gradient or two, and with metrics that multiply one product or two.
@@ -258,7 +259,7 @@ def _product(
             began = time.perf_counter()
             objective.hvp(objective.origin)
             first = time.perf_counter() - began
-            again = objective.ranks.of(0, first <= _LONG)
+            again = objective.ranks.of(0, first <= _LONG_FIRST)
             product = _timed(objective, lambda: objective.hvp(objective.origin)) if again else first
             kept["graphs"] = objective.memory.held.get("graphs", 0)
         except SecondDerivativeError as error:
@@ -269,7 +270,8 @@ def _product(
     return product, max(first - product, 0.0), kept
 
 
-_LONG = 10.0  # seconds: what takes longer is not made twice
+_LONG = 10.0  # seconds: what takes longer is not made twice,
+_LONG_FIRST = 60.0  # or, of a first product, in which torch sets up more than it computes
 
 
 def _timed(objective: Objective, evaluate: Callable[[], object]) -> float:
