@@ -19,17 +19,21 @@ if TYPE_CHECKING:
         DuplicateNameError,
         LoaderError,
         LossRuleError,
+        MeasurementStopped,
         MeasurementWarning,
         NonFiniteLossError,
         PluginWarning,
         SecondDerivativeError,
         SharpnessError,
+        StateFileError,
         UnknownNameError,
     )
+    from .expected import ExpectedWork, Range
     from .measure import measure_sharpness
     from .monitor import CSVSink, JSONLSink, Measurement, SharpnessMonitor
     from .noise_scale import NoiseScaleMeter
     from .objective import Objective
+    from .planning import MeasurementPlan, plan_measurement
     from .probe import probe_batches
     from .registry import (
         CouplingSpec,
@@ -54,6 +58,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "measure_sharpness",
+    "plan_measurement",
+    "MeasurementPlan",
+    "ExpectedWork",
+    "Range",
     "SharpnessReport",
     "MetricResult",
     "Status",
@@ -94,8 +102,10 @@ __all__ = [
     "LossRuleError",
     "NonFiniteLossError",
     "SecondDerivativeError",
+    "StateFileError",
     "UnknownNameError",
     "DuplicateNameError",
+    "MeasurementStopped",
     "MeasurementWarning",
     "PluginWarning",
 ]
@@ -103,6 +113,8 @@ __all__ = [
 _HOME = {
     "measure_sharpness": "measure",
     "Objective": "objective",
+    **dict.fromkeys(("ExpectedWork", "Range"), "expected"),
+    **dict.fromkeys(("MeasurementPlan", "plan_measurement"), "planning"),
     "probe_batches": "probe",
     **dict.fromkeys(("CSVSink", "JSONLSink", "Measurement", "SharpnessMonitor"), "monitor"),
     "NoiseScaleMeter": "noise_scale",

@@ -58,8 +58,19 @@ class Basis:
         return len(self._rows)
 
     @property
+    def device(self) -> torch.device:
+        return self._rows.device
+
+    @property
     def nbytes(self) -> int:
         return self._rows.numel() * self._rows.element_size()
+
+    def state(self, filled: int) -> Tensor:
+        """The first rows as they are kept; a view."""
+        return self._rows[:filled]
+
+    def set_state(self, rows: Tensor) -> None:
+        self._rows[: len(rows)] = rows
 
     def room(self, position: int, spare: Tensor) -> Tensor | None:
         """Where to write what may be stored at ``position``: its row, which then needs no copy; None for a new vector.

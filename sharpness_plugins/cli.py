@@ -60,8 +60,8 @@ class CommandError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0: fine; 1: an error that the user can mend, in one line on standard error; 2: a metric failed, with the report
-    printed all the same; 130: interrupted.
+    0: fine; 1: an error that the user can mend, in one line on standard error; 2: a metric failed or was stopped at a time
+    limit, with the report printed all the same; 130: interrupted by Ctrl-C, with the report as far as it came.
     """
     try:
         arguments = _parser().parse_args(argv)
@@ -238,6 +238,24 @@ def _add_measure(commands: Any) -> None:
     measure.add_argument("--max-samples", type=int, metavar="N", help="use at most the first N samples")
     measure.add_argument("--seed", type=int, metavar="N", help="default: 0")
     measure.add_argument("--device", help="default: where the model is")
+    measure.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what the measurement would take, from one timed gradient and product, and end",
+    )
+    measure.add_argument(
+        "--memory", metavar="BYTES", help="what may be kept between evaluations: 4GB (default: half of what is free)"
+    )
+    measure.add_argument(
+        "--time-limit", type=float, metavar="S", help="stop after so many seconds, with what there is by then"
+    )
+    measure.add_argument("--metric-time-limit", type=float, metavar="S", help="the same for each metric")
+    measure.add_argument(
+        "--state-file",
+        type=Path,
+        metavar="FILE",
+        help="keep the state of the measurement here, and go on from it if it is there, after a kill to the same numbers",
+    )
     measure.add_argument("--json", metavar="FILE", help="also write the report as JSON; - prints it instead of the table")
     measure.add_argument("--quiet", action="store_true", help="no progress")
     measure.set_defaults(command=_measure)
@@ -386,20 +404,41 @@ def _measure(arguments: argparse.Namespace) -> int:
                 load_checkpoint(settings["model"], arguments.checkpoint)
         if asked:
             settings["metrics"] = [_metric(name, given) for name, given in asked]
-        for name in ("select", "batch_norm", "max_samples", "seed", "device"):
+        given = ["select", "batch_norm", "max_samples", "seed", "device"]
+        given += ["memory", "time_limit", "metric_time_limit", "state_file"]
+        for name in given:
             if getattr(arguments, name) is not None:  # what is not given is left to the set-up, then to the library
                 settings[name] = getattr(arguments, name)
         if arguments.quiet:
             settings["progress"] = False
-        report = measure_sharpness(**settings)
+        if arguments.dry_run:
+            return _dry_run(arguments, settings)
+        with warnings.catch_warnings():
+            # the table says so
+            warnings.filterwarnings("ignore", "the measurement was stopped by Ctrl-C", MeasurementWarning)
+            report = measure_sharpness(**settings)
     if arguments.json == "-":
         print(report.to_json())
     else:
         print(report)
     if arguments.json not in (None, "-"):
         files.write(arguments.json, report.to_json() + "\n")
-    failed = any(result.status.kind == "failed" for _, result in report.items())
-    return METRIC_FAILED if failed else OK
+    if report.stopped == "by Ctrl-C":
+        print("sharpness: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    incomplete = any(result.status.kind in ("failed", "interrupted", "not measured") for result in report.values())
+    return METRIC_FAILED if incomplete else OK
+
+
+def _dry_run(arguments: argparse.Namespace, settings: Mapping[str, Any]) -> int:
+    from . import plan_measurement
+
+    known = inspect.signature(plan_measurement).parameters
+    plan = plan_measurement(**{name: value for name, value in settings.items() if name in known})
+    print(plan.to_json() if arguments.json == "-" else plan)
+    if arguments.json not in (None, "-"):
+        files.write(arguments.json, plan.to_json() + "\n")
+    return OK
 
 
 def _asked(text: str) -> tuple[str, dict[str, Any]]:

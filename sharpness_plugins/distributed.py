@@ -87,7 +87,7 @@ def mean_over_ranks(tensors: Sequence[Tensor], group: Any = None) -> list[Tensor
     for indices in kinds.values():
         flat = torch.cat([tensors[index].reshape(-1) for index in indices])
         mean = sum_over_ranks(flat, group) / torch.distributed.get_world_size(group)
-        for index, part in zip(indices, mean.split([tensors[index].numel() for index in indices]), strict=True):
+        for index, part in zip(indices, torch.split(mean, [tensors[index].numel() for index in indices]), strict=True):
             made[index] = part.view(tensors[index].shape)
     return made
 

@@ -12,6 +12,7 @@ __all__ = [
     "LoaderError",
     "LossRuleError",
     "LostRankError",
+    "MeasurementStopped",
     "MeasurementWarning",
     "NonFiniteLossError",
     "PluginWarning",
@@ -19,6 +20,7 @@ __all__ = [
     "RemoteFailureError",
     "SecondDerivativeError",
     "SharpnessError",
+    "StateFileError",
     "UnknownNameError",
     "did_you_mean",
     "missing_dependency",
@@ -63,6 +65,18 @@ class UnknownNameError(SharpnessError, LookupError):
 
 class DuplicateNameError(SharpnessError, LookupError):
     """Several plugins offer this name, so it does not say which one is meant."""
+
+
+class StateFileError(SharpnessError, ValueError):
+    """The file is no state of this measurement: another one's, damaged, in use, or no such file at all."""
+
+
+class MeasurementStopped(BaseException):
+    """Raised by an evaluation of the objective when the measurement is to stop, by Ctrl-C or by the clock.
+
+    Like KeyboardInterrupt no ``Exception``, so that nothing holds it up by accident. A metric may catch it and return what
+    it has; every further evaluation raises it again. What it returns is marked as interrupted.
+    """
 
 
 class PluginWarning(UserWarning):

@@ -17,6 +17,7 @@ from .losses import logits_of
 from .memory import is_out_of_memory
 from .micro_batches import Part
 from .objective import Objective
+from .steps import step
 
 __all__ = ["OutputProducts"]
 
@@ -94,7 +95,13 @@ class OutputProducts:
             LossRuleError: the loss is not one of the model's output.
         """
         row = self._objective.space.check(vector, "vector")
-        return self._objective.sum_over_parts(lambda evaluator, part: self._product(evaluator, row, part), (row,))
+
+        def product() -> tuple[Tensor, list[Any]]:
+            found = self._objective.sum_over_parts(lambda evaluator, part: self._product(evaluator, row, part), (row,))
+            return found, [self._mode, self._closed_form, self._reason]
+
+        found, (self._mode, self._closed_form, self._reason) = step(self._matrix, product, about=row)
+        return found
 
     def _product(self, evaluator: Evaluator, vector: Tensor, part: Part) -> Tensor:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from .batches import Batch, map_tensors, rows_of, tensors_of
 from .closed_forms import ClosedForms
 from .errors import SecondDerivativeError
 from .evaluation import CutOffError, Evaluator, WeightlessError, gradient_of
-from .memory import free_bytes, is_out_of_memory
+from .memory import MemoryBudget, free_bytes, is_out_of_memory
 from .micro_batches import Part
 
 __all__ = ["HVP_MODES", "HessianProducts"]
@@ -61,8 +62,8 @@ class _Graph:
 class HessianProducts:
     """Products of the Hessian of a batch's part of the mean loss with vectors, all in the way that a probe chose.
 
-    In gradients a product, measured on ResNet-18: double backward with the first graph kept from an earlier product 1.6
-    (and the memory of that graph), double backward 2.6, forward over reverse 3.2, central differences 2. Double backward
+    In gradients a product, measured on ResNet-18: double backward with the first graph kept from an earlier product 1.5
+    (and the memory of that graph), double backward 2.5, forward over reverse 3.2, central differences 2. Double backward
     goes through ``ClosedForms`` of convolutions and BatchNorm; without them it takes 2.1 and 3.1. The probe runs once, on a
     few samples of the first batch: it takes the first of these whose ``uᵀHv`` equals ``vᵀHu`` and with which another one
     agrees, or else differences of gradients in float64; neither of these judges uses closed forms, and where they fail or
@@ -71,20 +72,31 @@ class HessianProducts:
 
     Args:
         mode: one of ``HVP_MODES``.
-        graph_bytes: keep first graphs while they take at most this; None for a third of the free memory.
+        graph_bytes: keep first graphs while they take at most this; None for what ``memory`` has left, and at most a third
+            of the free memory where no budget was given.
+        memory: the budget that they share with others.
     Attributes:
         mode: how the last product was made; None before the first.
         check: the sentence that says what the probe saw.
         spent: gradients that the probe took, in samples.
     """
 
-    def __init__(self, evaluator: Evaluator, *, mode: str = "auto", graph_bytes: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        *,
+        mode: str = "auto",
+        graph_bytes: int | None = None,
+        memory: MemoryBudget | None = None,
+        seed: int = 0,
+    ) -> None:
         if mode not in HVP_MODES:
             raise ValueError(f"hvp must be one of {HVP_MODES}, got {mode!r}")
         if graph_bytes is not None and graph_bytes < 0:
             raise ValueError(f"graph_bytes must be at least 0 (which keeps nothing), got {graph_bytes}")
         self._evaluator, self._module, self._seed = evaluator, evaluator.module, seed
-        self._asked, self._graph_bytes = mode, graph_bytes
+        self._asked, self._graph_bytes, self._memory = mode, graph_bytes, memory
+        self._held = 0
         self.mode: str | None = None
         self.check = ""
         self.spent = 0.0
@@ -119,6 +131,9 @@ class HessianProducts:
         """Free the graphs; whether there were any."""
         had = bool(self._graphs)
         self._graphs.clear()
+        if self._memory is not None and self._held:
+            self._memory.release("graphs", self._held)
+        self._held = 0
         self._point, self._at_origin, self._bytes_left = None, False, None
         return had
 
@@ -128,6 +143,14 @@ class HessianProducts:
         had = self.release()
         self._point, self._at_origin = point, at_origin
         return had
+
+    def state(self) -> list[Any]:
+        """What the probe chose, as JSON."""
+        return [self._chosen, self.mode, self.check, self._closed, self._forms]
+
+    def set_state(self, state: list[Any]) -> None:
+        """Go on with what a probe chose before, on the same model and data."""
+        self._chosen, self.mode, self.check, self._closed, self._forms = state
 
     def __call__(self, rows: Tensor, part: Part, *, keep: bool) -> Tensor:
         """The Hessian at the point times each of the rows, shape ``(k, dim)``.
@@ -236,23 +259,33 @@ class HessianProducts:
         taken = int(self._bytes_per_sample * num_samples)
         if self._bytes_left is not None and taken > self._bytes_left:  # only the first can be so large
             del self._graphs[key]
-        elif self._bytes_left is not None:
-            self._bytes_left -= taken
+        else:
+            if self._bytes_left is not None:
+                self._bytes_left -= taken
+            if self._memory is not None:
+                self._memory.hold("graphs", taken)
+                self._held += taken
         self.mode = RETAINED if self._graphs else FRESH
         return answer
 
     def _has_room(self, batch: Batch) -> bool:
         assert self._point is not None
         if self._bytes_left is None:
-            budget = self._graph_bytes
-            if budget is None:
-                free = free_bytes(self._point.device)
-                budget = None if free is None else free // 3
-            self._bytes_left = budget
+            self._bytes_left = self._budget(self._point.device)
         if self._bytes_left is None:
             return True
         expected = (self._bytes_per_sample or 0.0) * (batch.num_samples or 1)
         return self._bytes_left > 0 and expected <= self._bytes_left
+
+    def _budget(self, device: torch.device) -> int | None:
+        """Bytes that graphs may take from now on; None for no limit."""
+        if self._graph_bytes is not None:
+            return self._graph_bytes
+        left = math.inf if self._memory is None else self._memory.left
+        if self._memory is None or self._memory.is_automatic:
+            free = free_bytes(device)
+            left = left if free is None else min(left, free // 3)
+        return None if left == math.inf else int(left)
 
     # ------------------------------------------------------------------ the probe
 

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from . import sampling
-from .krylov import LanczosRequest, LanczosResult
-from .lanczos import lanczos
+from . import sampling, steps
+from .expected import NOTHING, ExpectedWork, Range
+from .krylov import Ending, LanczosRequest, LanczosResult
+from .lanczos import basis_of_use, lanczos
 from .objective import Objective
 from .operators import Curvature, Operator
 from .report import MetricResult
 from .traces import Probes
 
-__all__ = ["KrylovMetric", "KrylovNeed", "KrylovPass", "KrylovSharing", "measure_alone", "measure_operator"]
+__all__ = [
+    "KrylovMetric",
+    "KrylovNeed",
+    "KrylovPass",
+    "KrylovSharing",
+    "expected_products",
+    "expected_trial",
+    "measure_alone",
+    "measure_operator",
+    "merged",
+    "probes_beside",
+]
 
+_FEWEST_PROBES = 4
+_TRIED = 8  # samples
 _WHOLE = 100  # parameters: so few have their whole matrix, and with it the multiplicities that one start does not see
 
 
@@ -30,11 +45,13 @@ class KrylovNeed:
         request: eigenvalues that must converge; None for none.
         num_steps: of the space of the starting vector itself, where nothing must converge; the run makes as many at least,
             and ends earlier only where the space is exhausted, or restarts earlier where memory holds no more vectors.
+        num_products: that it takes in all, the rest of them with probes outside of the space; 0 for no probes.
     """
 
     operator: Curvature
     request: LanczosRequest | None = None
     num_steps: int = 0
+    num_products: int = 0
 
     def __post_init__(self) -> None:
         if self.request is None and self.num_steps < 1:
@@ -73,7 +90,7 @@ class KrylovPass:
         start = sampling.normal(operator.dim, generator, operator.like)
         request = merged(list(needs), operator.dim)
         with operator.session():
-            self.run: LanczosResult = lanczos(operator.matvec, start, request, generator=generator)
+            self.run: LanczosResult = lanczos(operator.matvec, start, request, generator=generator, memory=operator.memory)
             self.how, self.check = operator.how(), operator.check()
         self.probes = self.probes_without_basis(self.run)
 
@@ -148,6 +165,32 @@ def measure_operator(
     return {name: metric.from_krylov(shared) for name, metric in named.items()}
 
 
+def probes_beside(used: int, num_products: int) -> int:
+    """What a run has left of a metric's products; a tenth of the run where it has left nothing, so that all together cost
+    1.1 times the dearest, and at least four for the sake of the standard error.
+    """
+    return max(num_products - used, used // 10, _FEWEST_PROBES)
+
+
+def expected_products(needs: list[KrylovNeed], dim: int) -> Range:
+    """Of one run that meets the needs."""
+    request, steps = merged(needs, dim), min(max(need.num_steps for need in needs), dim)
+    asked = [need.request for need in needs if need.request is not None]
+    if not asked:
+        return Range.exactly(steps)
+    low = min(max(steps, request.wanted), dim, request.num_matvecs)
+    high = request.num_matvecs if basis_of_use(request, dim) < dim else min(dim, request.num_matvecs)
+    found = [(50 * one.k if one.which == "SA" else 3 * one.k + 7) * (1.6 if one.check_multiplicity else 1) for one in asked]
+    whole = dim <= min(_WHOLE, request.num_matvecs)
+    return Range(low, min(max(dim if whole else max(found), low), high), high)
+
+
+def expected_trial(objective: Objective) -> Range:
+    """Gradients that trying out the ways of Hessian products takes, once, on a few samples or one batch."""
+    few = min(_TRIED, objective.num_samples or _TRIED) / max(objective.num_samples, _TRIED)
+    return Range(0.0, 8 * few, 12 * (few + 1 / objective.num_batches))
+
+
 class KrylovSharing:
     """Which metrics of a measurement share a run; makes it when the first of them is measured, frees it after the last.
 
@@ -160,6 +203,7 @@ class KrylovSharing:
         for key, metric in metrics.items():
             if isinstance(metric, KrylovMetric) and (need := _need_of(metric)) is not None:
                 asking[key] = metric, need
+        self._needs = {key: need for key, (_, need) in asking.items()}
         groups = [need.group for _, need in asking.values()]
         self._members = {key: entry for key, entry in asking.items() if groups.count(entry[1].group) > 1}
         self._waiting = set(self._members)
@@ -172,27 +216,77 @@ class KrylovSharing:
             return []
         return [other for other in self._of(self._members[key][1].group) if other != key]
 
-    def measure(self, key: str, objective: Objective) -> MetricResult:
-        """The result of a metric that has peers; says who paid for the run.
+    def measure(self, key: str, objective: Objective, rng: torch.Generator) -> MetricResult:
+        """The result of a metric that has peers; says who paid for the run. Where memory does not hold a basis for all of
+        them, each has a run of its own.
 
         Raises:
             RuntimeError: the run failed already when another metric of the group was measured.
         """
         metric, need = self._members[key]
         self._waiting.discard(key)
+        fits = True
         try:
             shared = self._pass(key, need.group, objective)
             with objective.session():
                 result = metric.from_krylov(shared)
+            if shared.run.ending is Ending.STOPPED:  # the next metric may have the time for a run of its own
+                self._passes.pop(need.group)
+        except MemoryError:
+            fits = False
         finally:
             if not self._waiting & set(self._of(need.group)):
                 self._passes.pop(need.group, None)
+        if not fits:  # out of the handler, whose frames hold what was allocated
+            self._passes.pop(need.group, None)
+            self._members = {k: entry for k, entry in self._members.items() if entry[1].group != need.group}
+            return measure_alone(metric, objective, rng)
         payer, others = self._payers[need.group], ", ".join(self.peers(key))
         run = f"{shared.run.num_matvecs} products of one Krylov run"
         said = f"paid for the {run}, which {others} read, too" if payer == key else f"read the {run} that {payer} paid for"
         details = {**result.details, "run_shared_with": self.peers(key), "run_paid_by": payer}
         status = replace(result.status, message=f"{result.status.message}; {said}".lstrip("; "))
         return replace(result, status=status, details=details)
+
+    def expected_work(self, key: str, objective: Objective) -> ExpectedWork | None:
+        """What a metric takes that reads a run, the products of the run with the first of its group; None for others."""
+        need = self._needs.get(key)
+        if need is None:
+            return None
+        group = [other for other in self._needs if other == key or other in self.peers(key)]
+        dim = need.operator.on(objective).dim
+        needs = [self._needs[other] for other in group]
+        run = expected_products(needs, dim)
+        before = max((self._probes(other, run, dim).typical for other in group[: group.index(key)]), default=0.0)
+        probes = self._probes(key, run, dim)
+        if group[0] != key:
+            return ExpectedWork(hvps=Range(0.0, max(probes.typical - before, 0.0), probes.high))
+        trial = expected_trial(objective) if need.operator.matrix == "hessian" else NOTHING
+        vectors = basis_of_use(merged(needs, dim), dim)
+        return ExpectedWork(gradients=trial, hvps=run.plus(probes), vectors=math.ceil(vectors * dim / objective.dim))
+
+    def _probes(self, key: str, run: Range, dim: int) -> Range:
+        """What a metric takes beside the run; nothing where that spans the whole space."""
+        count = self._needs[key].num_products
+        if not count or run.low >= dim:
+            return NOTHING
+        low, typical, high = (probes_beside(int(used), count) for used in (run.high, run.typical, run.low))
+        may_be_whole = run.high >= dim
+        return Range(0.0 if may_be_whole else min(low, high), typical, max(low, high))
+
+    def resume(self, key: str, result: MetricResult) -> None:
+        """A metric that was measured before: who paid for the run, if it read one, is known."""
+        if key in self._members:
+            self._waiting.discard(key)
+            if (payer := result.details.get("run_paid_by")) is not None:
+                self._payers[self._members[key][1].group] = payer
+
+    def done_with(self, key: str) -> list[str]:
+        """The steps, by their keys' beginnings, that nobody needs once this metric is measured."""
+        if key not in self._members:
+            return []
+        group = self._members[key][1].group
+        return [] if self._waiting & set(self._of(group)) else [f"{_scope_of(group)}/"]
 
     def _of(self, group: tuple[Any, ...]) -> list[str]:
         return [key for key, (_, need) in self._members.items() if need.group == group]
@@ -203,17 +297,22 @@ class KrylovSharing:
             return made
         if made is not None:
             raise RuntimeError(f"the Krylov run shared with {self._payers[group]} failed: {made}")
-        self._payers[group] = key
+        self._payers.setdefault(group, key)
         needs = [self._members[member][1] for member in self._of(group)]
         rng = sampling.generator_for(self._seed, "krylov", repr(group))  # by what is measured, not by who asks first
         try:
-            with objective.session():
+            # beside the metrics: what the first one has used the others still need
+            with objective.session(), steps.root_child(_scope_of(group)).entered():
                 made = KrylovPass(needs[0].operator.on(objective), needs, rng)
         except Exception as error:
             self._passes[group] = f"{type(error).__name__}: {error}"  # its frames would keep the basis
             raise
         self._passes[group] = made
         return made
+
+
+def _scope_of(group: tuple[Any, ...]) -> str:
+    return f"krylov {group!r}".replace("/", ":")
 
 
 def _need_of(metric: KrylovMetric) -> KrylovNeed | None:

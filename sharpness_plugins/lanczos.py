@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import distributed, reductions, sampling
+from . import distributed, reductions, sampling, steps
 from .basis import Basis, bytes_per_vector
+from .errors import MeasurementStopped
 from .krylov import HALF_ROUNDING, Ending, LanczosRequest, LanczosResult
-from .memory import free_bytes
+from .memory import MemoryBudget, free_bytes, said_bytes
 
-__all__ = ["MatVec", "lanczos"]
+__all__ = ["MatVec", "basis_of_use", "lanczos"]
 
 MatVec = Callable[[Tensor], Tensor]
 
@@ -26,7 +28,12 @@ _SPARE = 8  # vectors for the search of hidden copies, beside those that it leav
 
 
 def lanczos(
-    matvec: MatVec, start: Tensor, request: LanczosRequest, *, generator: torch.Generator | None = None
+    matvec: MatVec,
+    start: Tensor,
+    request: LanczosRequest,
+    *,
+    generator: torch.Generator | None = None,
+    memory: MemoryBudget | None = None,
 ) -> LanczosResult:
     """The eigenvalues of a symmetric operator that ``request`` asks for, by thick-restart Lanczos, re-orthogonalized.
 
@@ -34,7 +41,7 @@ def lanczos(
     Krylov space is invariant before enough pairs are found, it goes on from a new random vector, orthogonal to it.
 
     Cost: one ``matvec`` a step (one pass over the data each, for a Hessian). Beside it, two sweeps over the vectors found
-    so far: 7 % of the products of ResNet-18 on a CPU. One transfer to the host a step, of the coefficients.
+    so far: a tenth of the products of ResNet-18 on a CPU. One transfer to the host a step, of the coefficients.
     Memory: the basis, allocated once (0.6 GB for ResNet-18 in float32 with 14 vectors), and three vectors more; when it is
     full, the best Ritz vectors stay and the others make room.
 
@@ -43,6 +50,7 @@ def lanczos(
             ``v``.
         start: shape ``(dim,)``, not zero. Its dtype and device are those of the arithmetic.
         generator: of the new random vectors; must not draw ``start`` again.
+        memory: the budget that the basis shares with what else is kept.
     Raises:
         ValueError: ``k`` exceeds ``dim``; ``start`` is zero or not finite, or in half precision.
         MemoryError: not even the smallest basis fits; says how many bytes it takes.
@@ -58,7 +66,7 @@ def lanczos(
     length = reductions.norm(start).item()
     if not 0 < length < math.inf:
         raise ValueError(f"the start vector must be finite and not zero, its norm is {length}")
-    return _Run(matvec, start / length, request, generator or sampling.generator_for(0, "lanczos")).result()
+    return _Run(matvec, start / length, request, generator or sampling.generator_for(0, "lanczos"), memory).result()
 
 
 @dataclass(frozen=True)
@@ -81,14 +89,27 @@ class _Ritz:
 class _Run:
     """State of one run: a basis, the operator in it, and the vector that comes next."""
 
-    def __init__(self, matvec: MatVec, start: Tensor, request: LanczosRequest, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        matvec: MatVec,
+        start: Tensor,
+        request: LanczosRequest,
+        generator: torch.Generator,
+        memory: MemoryBudget | None,
+    ) -> None:
         self._matvec, self._request, self._generator = matvec, request, generator
         self._dim = start.numel()
         self._wanted = min(request.wanted, self._dim)
         self._epsilon = torch.finfo(start.dtype).eps
         # rounding a unit vector to half precision puts so much of A times it out of reach
         self._storage_error = HALF_ROUNDING if request.storage == "half" else 0.0
-        self._basis = Basis(_basis_size(start, request, self._wanted), start, request.storage)
+        self._scope = steps.child("lanczos")
+        saved = self._scope.saved()
+        with self._scope.entered():
+            size = saved["size"] if saved else steps.step("size", lambda: _basis_size(start, request, self._wanted, memory))
+        self._basis = Basis(size, start, request.storage)
+        if memory is not None and self._basis.device == memory.device:
+            memory.hold("Krylov basis", self._basis.nbytes, self._basis)
         self._projected = torch.zeros((len(self._basis),) * 2, dtype=torch.float64)
         self._vector = self._basis.store(0, start)
         self._filled = 1
@@ -102,18 +123,60 @@ class _Run:
         self._alphas: list[float] = []
         self._betas: list[float] = []
         self._restarted = False
+        if saved:
+            self._set_state(saved)
 
     def result(self) -> LanczosResult:
+        with self._scope.entered():
+            return self._run()
+
+    def _run(self) -> LanczosResult:
         while True:
-            following = self._step()
+            try:
+                following = self._step()
+            except MeasurementStopped:
+                if self._filled < 2:
+                    raise
+                return self._result(self._before(), Ending.STOPPED)
             ritz = self._ritz()
             ending, searching = self._judge(ritz)
             if ending is not None:
                 return self._result(ritz, ending)
+            is_full = self._filled == len(self._basis)
             if searching:
                 self._search(ritz)
             else:
                 self._extend(ritz, following)
+            if searching or is_full:  # the products so far are no longer needed
+                self._scope.save(self._state)
+
+    def _state(self) -> dict[str, Any]:
+        """All that the next step goes on from, as a tree."""
+        return {
+            "size": len(self._basis),
+            "rows": self._basis.state(self._filled),
+            "projected": self._projected[: self._filled, : self._filled],
+            "couplings": self._couplings,
+            "given_up": list(self._given_up),
+            "alphas": list(self._alphas),
+            "betas": list(self._betas),
+            "counts": [self._used, self._locked, self._num_hidden],
+            "restarted": self._restarted,
+            "generator": self._generator.get_state(),
+        }
+
+    def _set_state(self, state: dict[str, Any]) -> None:
+        rows, projected = state["rows"], state["projected"].cpu()
+        self._basis.set_state(rows)
+        self._filled = len(rows)
+        self._vector = self._basis.row(self._filled - 1)
+        self._projected[: self._filled, : self._filled] = projected
+        self._couplings = state["couplings"].cpu()
+        self._given_up = [outside.cpu() for outside in state["given_up"]]
+        self._alphas, self._betas = state["alphas"], state["betas"]
+        self._used, self._locked, self._num_hidden = state["counts"]
+        self._restarted = state["restarted"]
+        self._generator.set_state(state["generator"].cpu())
 
     def _step(self) -> Tensor:
         """One product, orthogonalized against the basis; sets its column of the projected operator."""
@@ -144,6 +207,15 @@ class _Run:
         self._asymmetry = asymmetry.max().item() if last else 0.0
         return w
 
+    def _before(self) -> _Ritz:
+        """Ritz pairs without the newest vector, whose product was not made; how far it couples is what they lack."""
+        outside = self._couplings[:-1]
+        self._filled -= 1
+        theta, s = torch.linalg.eigh(self._projected[: self._filled, : self._filled])
+        self._betas = self._betas[: max(len(self._alphas) - 1, 0)]
+        scale = theta.abs().max().item()
+        return self._pairs(theta, s, (outside @ s).abs() + self._storage_error * scale, scale)
+
     def _ritz(self) -> _Ritz:
         theta, s = torch.linalg.eigh(self._projected[: self._filled, : self._filled])
         scale = theta.abs().max().item()
@@ -157,9 +229,11 @@ class _Run:
             self._beta = 0.0  # the space is invariant
         if self._filled == self._dim:
             self._beta, self._given_up = 0.0, []
+        return self._pairs(theta, s, self._beta * s[-1].abs() + self._storage_error * scale, scale)
+
+    def _pairs(self, theta: Tensor, s: Tensor, open_residuals: Tensor, scale: float) -> _Ritz:
         order = _order(theta, self._request)
-        theta, s = theta[order], s[:, order]
-        open_residuals = self._beta * s[-1].abs() + self._storage_error * scale
+        theta, s, open_residuals = theta[order], s[:, order], open_residuals[order]
         residuals = open_residuals
         for outside in self._given_up:
             residuals = residuals + (outside @ s[: len(outside)]).abs()
@@ -344,25 +418,37 @@ def _bounds(ritz: _Ritz) -> Tensor:
     return torch.where(gap > r, r * (r / gap), r).clamp(min=ritz.rounding)
 
 
-def _basis_size(start: Tensor, request: LanczosRequest, wanted: int) -> int:
-    """Vectors to allocate: as many as are of use, or as fit."""
-    dim, per_vector = start.numel(), bytes_per_vector(start, request.storage)
-    smallest = min(wanted + 2, dim)
+def basis_of_use(request: LanczosRequest, dim: int) -> int:
+    """Vectors that a run stores where memory holds them."""
     most = request.max_basis if request.max_basis is not None else 2 * request.k + 4
     if request.check_multiplicity:
-        most = max(most, wanted + _SPARE)
-    size = min(max(most, smallest), dim)
-    free, budget = request.basis_bytes, request.basis_bytes
+        most = max(most, min(request.wanted, dim) + _SPARE)
+    return min(max(most, min(request.wanted, dim) + 2), dim)
+
+
+def _basis_size(start: Tensor, request: LanczosRequest, wanted: int, memory: MemoryBudget | None = None) -> int:
+    """Vectors to allocate: as many as are of use, or as fit."""
+    dim, per_vector = start.numel(), bytes_per_vector(start, request.storage)
+    smallest, size = min(wanted + 2, dim), basis_of_use(request, dim)
+    free, budget, how = request.basis_bytes, request.basis_bytes, "free"
     if budget is None:
-        free = free_bytes(torch.device("cpu") if request.storage == "host" else start.device)
-        free = distributed.smallest(free)  # the run must restart at the same steps on all ranks
-        budget = None if free is None else free // 2  # the products need memory, too
+        on_host = request.storage == "host" and start.device.type != "cpu"
+        left = None if memory is None or memory.total is None or on_host else int(memory.left)
+        # the run must restart at the same steps on all ranks
+        left = distributed.smallest(left)
+        if memory is not None and left is not None and not memory.is_automatic:
+            free = budget = left
+            how = f"left of the {said_bytes(memory.total or 0)} that may be kept"
+        else:
+            free = distributed.smallest(free_bytes(torch.device("cpu") if request.storage == "host" else start.device))
+            known = [bound for bound in (None if free is None else free // 2, left) if bound is not None]
+            budget = min(known, default=None)  # the products need memory, too
     if free is None or budget is None or size * per_vector <= budget:
         return size
     if smallest * per_vector > free:
         raise MemoryError(
             f"a Krylov basis of {smallest} vectors, the fewest for {wanted} Ritz pairs, takes "
-            f"{smallest * per_vector / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free. "
+            f"{said_bytes(smallest * per_vector)} and {said_bytes(free)} are {how}. "
             "Ask for fewer eigenvalues, or for fewer parameters (select=...)."
         )
     return max(budget // per_vector, smallest)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import re
+import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["free_bytes", "is_out_of_memory"]
+__all__ = ["MemoryBudget", "free_bytes", "is_out_of_memory", "parse_bytes", "said_bytes"]
 
 _MEMINFO = Path("/proc/meminfo")
 _ALLOCATOR_SAYS = ("not enough memory", "can't allocate memory", "out of memory")
+_UNITS = {"": 1, **{f"{letter}{i}": (1024 if i else 1000) ** n for n, letter in enumerate("kmgt", 1) for i in ("", "i")}}
+_AMOUNT = re.compile(r"\s*(?P<number>\d+\.?\d*|\.\d+)\s*(?P<unit>([kmgt]i?)?)b?\s*", re.IGNORECASE | re.ASCII)
+_MOST_BATCHES = 4 * 2**30  # bytes, unless a budget is given
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -34,3 +41,107 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return type(error) is RuntimeError and any(words in str(error) for words in _ALLOCATOR_SAYS)
+
+
+def parse_bytes(amount: int | str) -> int:
+    """``4_000_000_000``, ``"4GB"`` (powers of 1000) or ``"4 GiB"`` (of 1024) as bytes.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if isinstance(amount, int) and not isinstance(amount, bool) and amount >= 0:
+        return amount
+    match = _AMOUNT.fullmatch(amount) if isinstance(amount, str) else None
+    if match is None:
+        raise ValueError(f"memory must be bytes as an int or a text such as '4GB' or '512 MiB', got {amount!r}")
+    return int(float(match["number"]) * _UNITS[match["unit"].lower()])
+
+
+def said_bytes(count: float) -> str:
+    """``1.5 GB``."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+class MemoryBudget:
+    """Bytes on the device that may be kept from one evaluation to the next, shared by all who keep some.
+
+    Those are the copy of the weights and the vectors that solvers work with, the batches, the Krylov basis, and the first
+    graphs of Hessian-vector products, who take what the others left. What one evaluation itself takes is not in it: where
+    that does not fit, batches are taken apart.
+
+    Args:
+        amount: bytes, or a text such as "4GB"; None for half of what is free now.
+        vector_bytes: of one vector of the perturbation's shape.
+    Attributes:
+        total: None where nothing was asked for and the system does not tell what is free: then there is no limit.
+        peak: the most that was kept at once.
+    Raises:
+        ValueError: ``amount`` is none, or does not even hold the weights and the vectors.
+    """
+
+    VECTORS = 8  # the weights, the point, and the most that a maximizer or a step of Lanczos holds
+
+    def __init__(self, amount: int | str | None, *, device: torch.device, vector_bytes: int) -> None:
+        self.device, self.is_automatic = device, amount is None
+        self.total = None
+        if amount is not None:
+            self.total = parse_bytes(amount)
+        elif (free := free_bytes(device)) is not None:
+            self.total = max(free // 2, self.VECTORS * vector_bytes)
+        least = self.VECTORS * vector_bytes
+        if self.total is not None and self.total < least:
+            raise ValueError(
+                f"memory={amount!r} is less than {said_bytes(least)}, which the weights and the vectors that every solver "
+                "works with take. Allow more, or perturb fewer parameters (select=...)."
+            )
+        self._held: dict[str, int] = {}
+        self._peaks: dict[str, int] = {}
+        self.peak = 0
+        self.hold("weights and vectors", self.VECTORS * vector_bytes)
+
+    @property
+    def left(self) -> float:
+        """Bytes that nobody keeps; infinite where there is no limit."""
+        return math.inf if self.total is None else max(self.total - sum(self._held.values()), 0)
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Bytes by who keeps them now."""
+        return dict(self._held)
+
+    @property
+    def for_batches(self) -> int:
+        """What the batches may take: half of what is left, and at most 4 GiB unless a budget was given."""
+        most = _MOST_BATCHES if self.is_automatic else math.inf
+        return int(min(self.left // 2, most))
+
+    def hold(self, what: str, count: int, owner: Any = None) -> None:
+        """``count`` bytes more are kept, until ``release`` or, with an owner, until that is gone."""
+        self._held[what] = self._held.get(what, 0) + count
+        self._peaks[what] = max(self._peaks.get(what, 0), self._held[what])
+        self.peak = max(self.peak, sum(self._held.values()))
+        if owner is not None:
+            weakref.finalize(owner, self.release, what, count)
+
+    def release(self, what: str, count: int) -> None:
+        self._held[what] -= count
+
+    def require(self, what: str, count: int, owner: Any = None) -> None:
+        """As ``hold``.
+
+        Raises:
+            MemoryError: so much is not left.
+        """
+        if count > self.left:
+            raise MemoryError(
+                f"{what} takes {said_bytes(count)}, and {said_bytes(self.left)} of the {said_bytes(self.total or 0)} that "
+                "may be kept are left. Allow more (memory=...), or ask for fewer products or parameters (select=...)."
+            )
+        self.hold(what, count, owner)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON."""
+        return {"budget": self.total, "automatic": self.is_automatic, "peak": self.peak, "peaks": dict(self._peaks)}

@@ -349,7 +349,9 @@ class SharpnessMonitor:
         if not self.metrics:
             return empty, 0.0
         try:
-            report = measure_sharpness(self.model, self.probe, self.metrics, progress=False, **self._settings)
+            report = measure_sharpness(
+                self.model, self.probe, self.metrics, progress=False, on_interrupt="raise", **self._settings
+            )
         except Exception as error:
             if registry.is_strict() or isinstance(error, LostRankError):
                 raise

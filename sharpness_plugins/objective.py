@@ -5,25 +5,28 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import agreement, modes, sampling, sharded
-from .batches import Batch, BatchSource
+from . import agreement, modes, sampling, sharded, stopping
+from .batches import Batch
 from .distributed import Ranks, resolve_ranks, world_size
 from .errors import RemoteFailureError
 from .evaluation import Evaluator, LossSums, joined, mean_of
 from .hvp import HessianProducts
 from .losses import LossFn, LossRule, OtherLossError, PluginRule, resolve_loss, unwrap
+from .memory import MemoryBudget
 from .micro_batches import MicroBatches, Part
 from .progress import ProgressEvent, ProgressListener
 from .report import Cost
 from .shares import share_of
 from .sketch import Sketch
+from .source import BatchSource
 from .space import ParameterSpace, Select
+from .steps import evaluation, stoppable
 
 __all__ = ["BATCH_NORM_POLICIES", "Objective"]
 
@@ -53,19 +56,23 @@ class Objective:
             batching). It matters: measured, 9 to 40 times in ε-box sharpness.
         max_samples: use the first so many samples.
         device: where to evaluate; None for the device of the parameters.
-        cache_bytes: see ``batches.BatchSource``.
+        cache_bytes: of ``memory``, for the batches; None for half of what the vectors leave, at most 4 GiB unless ``memory``
+            is given. See ``source.BatchSource``.
         seed: of shuffling and augmenting loaders.
         plugin_rule: asked for a loss after ``loss_fn`` and ``criterion``.
         listener: receives a ``ProgressEvent`` after every batch.
         hvp: how Hessian-vector products are made, one of ``hvp.HVP_MODES``; "auto" for what a probe finds to be right and
             cheapest, which is never "central differences".
-        graph_bytes: memory for first graphs that are kept between products; None for a third of what is free.
+        memory: bytes, or a text such as "4GB", that may be kept between evaluations: the weights and working vectors, the
+            batches, Krylov bases and first graphs together; None for half of what is free. See ``memory.MemoryBudget``.
+        graph_bytes: of it, for first graphs that are kept between products; None for what is left.
         ranks: see ``measure_sharpness``.
     Attributes:
         space: the selected parameters; ``origin``: their trained values, shape ``(dim,)``.
         loss: mean loss at the origin.
         loss_rule: the sentence that says how the loss was found.
         cost: work done so far.
+        memory: the budget of what is kept, and who keeps it.
         notes: sentences that a reader of the numbers must know.
         ranks: the processes that share the evaluations; each of them must make the same ones, at the same points.
     Raises:
@@ -90,6 +97,7 @@ class Objective:
         plugin_rule: PluginRule | None = None,
         listener: ProgressListener | None = None,
         hvp: str = "auto",
+        memory: int | str | None = None,
         graph_bytes: int | None = None,
         ranks: str | Ranks = "auto",
     ) -> None:
@@ -132,6 +140,7 @@ class Objective:
                         "device mps has no float64, in which losses accumulate. Pass device='cpu'; the model stays put."
                     )
                 self.origin = self.space.origin
+                self.memory = MemoryBudget(memory, device=self.device, vector_bytes=self.origin.nbytes)
                 self._listener = listener
                 self._metric = ""
                 self._expected_passes: float | None = None
@@ -141,13 +150,16 @@ class Objective:
                 self._products = self._products_by(hvp)
                 self._all_products = {hvp: self._products}  # each probed once
                 # a gradient takes less memory than a product
-                self._gradient_parts, self._product_parts = (MicroBatches(self._whole_batches_only) for _ in range(2))
+                self._gradient_parts, self._product_parts, self._sweep_parts = (
+                    MicroBatches(self._whole_batches_only) for _ in range(3)
+                )
+                self._most_in_sweep: int | None = None  # samples in ``over_parts``, once memory has run out there
                 self._own_notes = self._notes_on_model(wrappers)
                 self._source = BatchSource(
                     loader,
                     device=self.device,
                     max_samples=max_samples,
-                    cache_bytes=cache_bytes,
+                    cache_bytes=self.memory.for_batches if cache_bytes is None else cache_bytes,
                     upcast_half=self.space.has_half,
                     seed=seed,
                 )
@@ -156,6 +168,7 @@ class Objective:
                 if not self.ranks.is_alone:
                     self._source.share_out(self.ranks, share_of)
                 self._source.load()
+                self.memory.hold("batches", self._source.num_bytes)
                 self._value_needs_grad = False
                 with self.ranks.sharing("finding the loss"):
                     rule = self._resolve_loss(loss_fn, criterion, plugin_rule)
@@ -243,6 +256,7 @@ class Objective:
             "ranks_read": self.ranks.how,
             "batches": f"cached on {self.device}" if cached else "read anew at every pass",
             "cache_bytes": self._source.budget,
+            "memory": self.memory.describe(),
             "loss_rule": self.loss_rule,
             "batch_norm": self._batch_norm,
             "dtype": str(self.space.dtype).removeprefix("torch."),
@@ -250,6 +264,18 @@ class Objective:
             "hvp_mode": self.hvp_mode,
             "hvp_check": self.hvp_check,
             "notes": self.notes,
+        }
+
+    def identity(self) -> dict[str, str]:
+        """What the loss is a function of, as checksums and words by what they are of; reads every weight once."""
+        digits = 4 if self.space.dtype is torch.float32 else 9  # what another number of threads does not change
+        settings = [self._batch_norm, str(self.space.dtype), self.device.type, self.loss_rule]
+        return {
+            "model": f"{self._model_name} {sampling.key_for(0, repr(self.module)):x}",
+            "weights": self.space.checksum(),
+            "data": self._source.checksum(),
+            "loss": f"{self.loss:.{digits}e}",
+            "settings": ", ".join(settings),
         }
 
     @property
@@ -273,6 +299,7 @@ class Objective:
 
     # ------------------------------------------------------------------ evaluation
 
+    @evaluation
     def value(self, perturbation: Tensor | None = None) -> float:
         """Mean loss at ``origin + perturbation``, shape ``(dim,)``. One pass, forward only."""
         sums = LossSums()
@@ -294,6 +321,7 @@ class Objective:
                 raise ValueError("the loss has weight 0 over the whole loader: every target is ignored")
         return mean_of(shared.numbers, at_origin=perturbation is None)
 
+    @evaluation
     def value_and_grad(self, perturbation: Tensor | None = None) -> tuple[float, Tensor]:
         """Mean loss at ``origin + perturbation`` and its gradient, both of shape ``(dim,)``. One pass."""
         sums = LossSums()
@@ -311,12 +339,13 @@ class Objective:
         self._counts["gradients"] += 1
         return mean_of(shared.numbers, at_origin=perturbation is None), shared.vector
 
+    @evaluation
     def hvp(self, vector: Tensor, perturbation: Tensor | None = None) -> Tensor:
         """Hessian at ``origin + perturbation`` times ``vector``, shape ``(dim,)``, or each row of ``(k, dim)``.
 
         Exact, by the way that a probe chooses at the first product (``hvp.HessianProducts``); ``hvp_mode`` names it. Inside
         a ``session`` the graphs of the gradients are kept between products at the same point, as many as fit in
-        ``graph_bytes``: 1.6 gradients a product of ResNet-18 and not 2.6. Attention runs on the MATH backend, which alone
+        ``graph_bytes``: 1.5 gradients a product of ResNet-18 and not 2.5. Attention runs on the MATH backend, which alone
         has second derivatives. One pass.
 
         Raises:
@@ -351,6 +380,7 @@ class Objective:
         self._count_probe()
         return products if vector.ndim == 2 else products[0]
 
+    @stoppable
     def sum_over_parts(self, work: Callable[[Evaluator, Part], Tensor], where: Sequence[Tensor] = ()) -> Tensor:
         """``work(evaluator, part)``, shape ``(dim,)`` each, summed over the parts of one pass; counts as one product.
 
@@ -372,6 +402,7 @@ class Objective:
         self._counts["hvps"] += 1
         return shared.vector
 
+    @stoppable
     def over_parts(self, size: int, work: Callable[[Evaluator, Part], None]) -> None:
         """``work(evaluator, part)`` for parts of at most ``size`` samples, in one pass; counts as one gradient.
 
@@ -383,12 +414,13 @@ class Objective:
         """
         if cause := self._whole_batches_only():
             raise ValueError(f"{cause}, so a batch is not the sum of its parts")
-        parts = MicroBatches(self._whole_batches_only)
-        parts.size = size
+        self._sweep_parts.size = size if self._most_in_sweep is None else min(size, self._most_in_sweep)
         with self.session(), modes.second_derivatives(self.module), self.ranks.sharing("parts of the data"):
             for batch in self._batches():
-                for _ in parts.each(batch, lambda part: work(self._evaluator, part)):
+                for _ in self._sweep_parts.each(batch, lambda part: work(self._evaluator, part)):
                     pass
+        if self._sweep_parts.size < size:  # memory ran out, now or before
+            self._most_in_sweep = self._sweep_parts.size
         self._counts["gradients"] += 1
 
     def sketch(self, max_samples: int) -> Sketch:
@@ -403,8 +435,9 @@ class Objective:
             batches = self._source.some(max_samples, least=2 if self._batch_norm == "batch" else 1)
             shared.numbers = [sum(batch.num_samples or 0 for batch in batches), len(batches)]
         taken, count = shared.numbers
-        share = taken / self.num_samples if self.num_samples else count / self.num_batches
-        return Sketch(self._evaluator, batches, min(share, 1.0), self.ranks, session=self.session, spend=self._spend)
+        share = min(taken / self.num_samples if self.num_samples else count / self.num_batches, 1.0)
+        parts = self._gradient_parts
+        return Sketch(self._evaluator, batches, share, self.ranks, parts=parts, session=self.session, spend=self._spend)
 
     @property
     def has_classes(self) -> bool:
@@ -521,7 +554,9 @@ class Objective:
                 self._products = before
 
     def _products_by(self, mode: str) -> HessianProducts:
-        return HessianProducts(self._evaluator, mode=mode, graph_bytes=self._graph_bytes, seed=self._seed)
+        return HessianProducts(
+            self._evaluator, mode=mode, graph_bytes=self._graph_bytes, memory=self.memory, seed=self._seed
+        )
 
     def announce(self, metric: str, expected_passes: float | None) -> None:
         """From here on, progress events are about ``metric``; what was kept for the last one is freed."""
@@ -535,9 +570,31 @@ class Objective:
         self._partial_passes += share
         self._counts["passes"] += share
 
+    def work(self) -> dict[str, Any]:
+        """What was done so far and how, as JSON, for ``set_work``."""
+        return {
+            "counts": dict(self._counts),
+            "sweeps": self._sweeps,
+            "partial_passes": self._partial_passes,
+            "seconds": time.perf_counter() - self._began,
+            "parts": [self._gradient_parts.size, self._product_parts.size],
+            "products": {mode: products.state() for mode, products in self._all_products.items()},
+        }
+
+    def set_work(self, state: Mapping[str, Any]) -> None:
+        """Go on as an objective of the same model and data that had come so far; its work counts as this one's."""
+        self._counts = dict(state["counts"])
+        self._sweeps, self._partial_passes = state["sweeps"], state["partial_passes"]
+        self._began = min(self._began, time.perf_counter() - state["seconds"])
+        self._gradient_parts.size, self._product_parts.size = state["parts"]
+        for mode, told in state["products"].items():
+            self._all_products.setdefault(mode, self._products_by(mode)).set_state(told)
+
     def _tick(self) -> None:
         self._sweeps += 1
         self._counts["passes"] = self._sweeps / self._source.own_batches + self._partial_passes
         if self._listener is not None and self._metric:
             passes, seconds = self._counts["passes"] - self._metric_passes, time.perf_counter() - self._metric_began
             self._listener(ProgressEvent(self._metric, passes, self._expected_passes, seconds))
+        if self.ranks.is_alone:  # several ranks end an evaluation together
+            stopping.check()

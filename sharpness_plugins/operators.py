@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import did_you_mean
 from .gauss_newton import OutputProducts
 from .hvp import HVP_MODES
+from .memory import MemoryBudget
 from .objective import Objective
 
 __all__ = ["MATRICES", "Curvature", "Operator", "from_linear_operator"]
@@ -39,6 +40,7 @@ class Operator:
         description: what it is, for a sentence.
         how, check: how the products are made, and what was compared with them; known after the first, inside of the session.
         session: enter it around many products.
+        memory: the budget of what is kept beside them; None for no limit.
     """
 
     matvec: MatVec
@@ -48,6 +50,7 @@ class Operator:
     how: Callable[[], str] = lambda: "given products"
     check: Callable[[], str] = str
     session: Callable[[], AbstractContextManager[None]] = nullcontext
+    memory: MemoryBudget | None = None
 
     @property
     def dim(self) -> int:
@@ -137,9 +140,18 @@ class Curvature:
                 how=lambda: objective.hvp_mode or "",
                 check=lambda: objective.hvp_check,
                 session=lambda: objective.hvp_by(self.hvp),
+                memory=objective.memory,
             )
         products = OutputProducts(objective, self.matrix)
-        return Operator(products, objective.origin, blocks, description, how=lambda: products.how, session=objective.session)
+        return Operator(
+            products,
+            objective.origin,
+            blocks,
+            description,
+            how=lambda: products.how,
+            session=objective.session,
+            memory=objective.memory,
+        )
 
     def _names(self, objective: Objective) -> list[str]:
         globs = (self.select,) if isinstance(self.select, str) else self.select or ()

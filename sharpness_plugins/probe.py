@@ -10,8 +10,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from . import sampling
-from .batches import BatchSource, count_samples
+from .batches import count_samples
 from .errors import LoaderError
+from .source import BatchSource
 
 __all__ = ["num_probe_samples", "probe_batches"]
 
@@ -48,7 +49,7 @@ def probe_batches(
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    source = loader.loader if _wraps_a_loader(loader) else loader
+    source = _inner(loader)
     reader = _reader(source, num_samples, seed, batch_size, transform)
     has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     device = torch.device("cuda" if has_cuda else "cpu")
@@ -59,7 +60,7 @@ def probe_batches(
         sampling.set_generator_states(sampling.generator_states(holders), offset=1)
         batches = list(_first(reader, num_samples))
         if source is not loader:
-            through = copy.copy(loader)
+            through: Any = copy.copy(loader)
             through.loader = batches
             batches = list(through)
     finally:
@@ -69,9 +70,10 @@ def probe_batches(
     return batches
 
 
-def _wraps_a_loader(loader: Any) -> bool:
-    """Whether it iterates a DataLoader of its own, to move or normalize whole batches, as timm's ``PrefetchLoader`` does."""
-    return not isinstance(loader, DataLoader) and isinstance(getattr(loader, "loader", None), DataLoader)
+def _inner(loader: Any) -> Any:
+    """The DataLoader that it iterates to move or normalize whole batches, as timm's ``PrefetchLoader`` does; else itself."""
+    inner = getattr(loader, "loader", None)
+    return inner if isinstance(inner, DataLoader) and not isinstance(loader, DataLoader) else loader
 
 
 def _reader(

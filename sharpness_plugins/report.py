@@ -29,6 +29,8 @@ class Kind(str, Enum):
     ESTIMATE = "estimate"
     LOWER_BOUND = "lower bound"
     NOT_CONVERGED = "not converged"
+    INTERRUPTED = "interrupted"
+    NOT_MEASURED = "not measured"
     FAILED = "failed"
 
     def __str__(self) -> str:
@@ -76,7 +78,7 @@ class MetricResult:
     """One metric's number, and how it was obtained.
 
     Attributes:
-        value: the number; NaN where the metric failed.
+        value: the number; NaN where the metric failed or was not measured.
         standard_error: of an estimate; None where the number is not one.
         status: what the number is, with a sentence.
         details: everything else, JSON-like (numbers, strings, lists, mappings).
@@ -95,6 +97,16 @@ class MetricResult:
     @classmethod
     def failed(cls, message: str) -> MetricResult:
         return cls(value=math.nan, status=Status(Kind.FAILED, message))
+
+    @classmethod
+    def not_measured(cls, message: str) -> MetricResult:
+        return cls(value=math.nan, status=Status(Kind.NOT_MEASURED, message))
+
+    def interrupted(self, reason: str) -> MetricResult:
+        """What a metric had when it was stopped; the message says what kind of number it is."""
+        said = f"stopped {reason}, and this is what it had, {self.status.kind}"
+        message = f"{said}: {self.status.message}" if self.status.message else said
+        return replace(self, status=Status(Kind.INTERRUPTED, message))
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,11 @@ class SharpnessReport(Mapping[str, MetricResult]):
 
     def __len__(self) -> int:
         return len(self.results)
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the measurement ended before all metrics were measured, such as "by Ctrl-C"; None where it did not."""
+        return self.provenance.get("stopped")
 
     @property
     def notes(self) -> list[str]:

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from . import sampling
-from .batches import checked, count_samples, holders_of, is_empty, leaves_of
+from .batches import count_samples, is_empty, leaves_of
 from .distributed import Ranks
 from .errors import LoaderError
+from .source import checked, holders_of
 
 __all__ = ["Share", "share_of"]
 

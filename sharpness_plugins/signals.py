@@ -70,6 +70,7 @@ class MetricSignal:
             criterion=context.criterion,
             seed=context.seed,
             progress=False,
+            on_interrupt="raise",
         )
         (result,) = report.results.values()
         cost = result.cost

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,6 +13,7 @@ from .batches import Batch
 from .distributed import Ranks
 from .evaluation import Evaluator
 from .losses import logits_of
+from .micro_batches import MicroBatches
 
 __all__ = ["Sketch"]
 
@@ -31,20 +32,20 @@ class Sketch:
         share: float,
         ranks: Ranks,
         *,
+        parts: MicroBatches,
         session: Callable[[], AbstractContextManager[None]],
         spend: Callable[[str, float], None],
     ) -> None:
         self._evaluator, self._batches, self.share, self._ranks = evaluator, batches, share, ranks
-        self._session, self._spend = session, spend
+        self._parts, self._session, self._spend = parts, session, spend
         self._origin = evaluator.space.origin
 
     def probabilities(self) -> Tensor | None:
         """Mean softmax of the outputs, shape ``(num_outputs,)``; None where the model's output is not a tensor of scores."""
         sums: list[Tensor | None] = []
         with self._session(), torch.no_grad(), self._ranks.sharing("mean outputs"):
-            for batch in self._seeded():
-                scores = self._with_scores(self._origin, batch, lambda scores: scores)
-                sums.append(None if scores is None else scores.softmax(1).sum(0).cpu())
+            found = self._each(self._origin, lambda scores: scores.softmax(1).sum(0))
+            sums.extend(None if entry is None else entry.cpu() for entry in found)
         every = [entry for part in self._ranks.gather(sums) for entry in part]
         known = [entry for entry in every if entry is not None]
         if len(known) < len(every) or len({entry.shape for entry in known}) != 1:
@@ -67,8 +68,7 @@ class Sketch:
                 return torch.autograd.grad(along, leaf, allow_unused=True)[0] if along.requires_grad else None
 
             missing = 0
-            for batch in self._seeded():
-                found = self._with_scores(leaf, batch, differentiated)
+            for found in self._each(leaf, differentiated):
                 if found is None:
                     missing = 1
                     break
@@ -79,10 +79,11 @@ class Sketch:
         self._spend("gradients", self.share)
         return shared.vector
 
-    def _seeded(self) -> Any:
+    def _each(self, flat: Tensor, use: Callable[[Tensor], Tensor | None]) -> Iterator[Tensor | None]:
+        """``use`` of the scores of every part of every batch."""
         for batch in self._batches:
             self._evaluator.seed(batch.position)
-            yield batch
+            yield from self._parts.each(batch, lambda part: self._with_scores(flat, part.batch, use))
 
     def _with_scores(self, flat: Tensor, batch: Batch, use: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """``use`` of the model's output on the batch as rows of scores, shape ``(positions, outputs)``."""

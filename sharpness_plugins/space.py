@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -105,6 +106,16 @@ class ParameterSpace:
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
         constants = {name: c.clone() for name, c in self._constants.items()} if copy_constants else self._constants
         return {**constants, **buffers, **self.split(flat)}
+
+    def checksum(self) -> str:
+        """Of names, shapes and values, of the constants and buffers too."""
+        found = hashlib.sha256(repr((self.names, self.shapes)).encode())
+        for name, tensor in {"": self.origin, **self._constants, **self._buffers}.items():
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            if tensor.numel() and tensor.layout is torch.strided:
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                found.update(flat.view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     @property
     def constants(self) -> list[str]:

@@ -10,9 +10,11 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from . import reductions, sampling
+from . import reductions, sampling, steps
 from .basis import Basis
+from .errors import MeasurementStopped
 from .krylov import LanczosResult
+from .memory import MemoryBudget
 
 __all__ = ["Estimate", "Probes", "hutch_pp", "mean_of", "on_sphere", "signs", "xtrace"]
 
@@ -97,6 +99,8 @@ class Probes:
         self._blocks = dict(blocks or {})
         self._rows: list[Tensor] = []  # vᵀz, the part of the squared norm, and one number for each block
         self._exact_blocks: Tensor | None = None
+        self._scope = steps.child("probes")
+        self._stopped = False
         self._is_whole = run is not None and run.num_kept >= like.numel()
 
     @property
@@ -106,13 +110,20 @@ class Probes:
     def take(self, count: int) -> Tensor:
         """The numbers of the first ``count`` probes, made as far as they are not there yet; none for a whole basis.
 
+        Fewer where the measurement is stopped in the middle, but at least two, which tell a standard error.
+
         Raises:
             ArithmeticError: a product is not finite.
         """
         if self._is_whole:
             count = 0
-        while len(self._rows) < count:
-            self._rows.append(self._probe())
+        while len(self._rows) < count and not self._stopped:
+            try:
+                self._rows.append(self._probe())
+            except MeasurementStopped:
+                if len(self._rows) < 2:
+                    raise
+                self._stopped = True
         width = 2 + len(self._blocks)
         return torch.stack(self._rows[:count]) if count else torch.empty((0, width), dtype=torch.float64)
 
@@ -129,6 +140,10 @@ class Probes:
 
     def _probe(self) -> Tensor:
         v = signs(self._like, self._generator)
+        with self._scope.entered():
+            return steps.step("probe", lambda: self._numbers(v), about=v).cpu()
+
+    def _numbers(self, v: Tensor) -> Tensor:
         if self._run is not None:
             v = self._run.remove(v)
         z = self._matvec(v)
@@ -160,18 +175,21 @@ class Probes:
         return self._exact_blocks
 
 
-def hutch_pp(matvec: MatVec, like: Tensor, num_matvecs: int, generator: torch.Generator) -> Estimate:
+def hutch_pp(
+    matvec: MatVec, like: Tensor, num_matvecs: int, generator: torch.Generator, *, memory: MemoryBudget | None = None
+) -> Estimate:
     """Trace by Hutch++: a third of the products find a range, a third its trace, a third probe the rest.
 
     Memory: ``num_matvecs / 3`` vectors.
     Raises:
+        MemoryError: they do not fit in the budget.
         ValueError: fewer than 6 products, which leave no standard error.
     Source: Meyer, Musco, Musco and Woodruff, Hutch++: optimal stochastic trace estimation (2021).
     """
     if num_matvecs < 6:
         raise ValueError(f"Hutch++ needs at least 6 products, got {num_matvecs}")
     rank = num_matvecs // 3
-    span = _Span(matvec, like, rank)
+    span = _Span(matvec, like, rank, memory)
     while len(span) < rank and span.add(matvec(signs(like, generator))):
         pass
     inside = span.projected().trace().item()
@@ -182,7 +200,9 @@ def hutch_pp(matvec: MatVec, like: Tensor, num_matvecs: int, generator: torch.Ge
     return mean_of(torch.stack(probes) if probes else torch.empty(0, dtype=torch.float64), inside)
 
 
-def xtrace(matvec: MatVec, like: Tensor, num_matvecs: int, generator: torch.Generator) -> Estimate:
+def xtrace(
+    matvec: MatVec, like: Tensor, num_matvecs: int, generator: torch.Generator, *, memory: MemoryBudget | None = None
+) -> Estimate:
     """Trace by XTrace: as Hutch++, with every test vector used for the range and, left out of it, as a probe.
 
     The test vectors are uniform on a sphere, and what a probe has left beside the range is scaled back to the length that it
@@ -193,13 +213,14 @@ def xtrace(matvec: MatVec, like: Tensor, num_matvecs: int, generator: torch.Gene
     Memory: ``num_matvecs / 2`` vectors.
 
     Raises:
+        MemoryError: they do not fit in the budget.
         ValueError: fewer than 4 products.
     Source: Epperly, Tropp and Webber, XTrace: making the most of every sample in stochastic trace estimation (2024).
     """
     if num_matvecs < 4:
         raise ValueError(f"XTrace needs at least 4 products, got {num_matvecs}")
     count, dim = num_matvecs // 2, like.numel()
-    span, before = _Span(matvec, like, count), generator.get_state()
+    span, before = _Span(matvec, like, count, memory), generator.get_state()
     quadratic = torch.zeros(count, dtype=torch.float64)
     columns = torch.zeros((count, count), dtype=torch.float64)  # R of the QR decomposition of the products
     for i in range(count):
@@ -224,9 +245,12 @@ def xtrace(matvec: MatVec, like: Tensor, num_matvecs: int, generator: torch.Gene
 class _Span:
     """An orthonormal basis, grown vector by vector, and an operator in it."""
 
-    def __init__(self, matvec: MatVec, like: Tensor, size: int) -> None:
+    def __init__(self, matvec: MatVec, like: Tensor, size: int, memory: MemoryBudget | None) -> None:
         self._matvec, self._like = matvec, like
-        self._basis = Basis(min(size, like.numel()), like)
+        size = min(size, like.numel())
+        if memory is not None:
+            memory.require(f"the span of {size} products", size * like.nbytes, self)
+        self._basis = Basis(size, like)
         self._filled = 0
         self.coefficients = torch.empty(0, dtype=torch.float64)
 

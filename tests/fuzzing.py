@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import settings
 from hypothesis import strategies as st
 
-QUICK = settings(max_examples=150, deadline=None, derandomize=True, report_multiple_bugs=False)
+QUICK = settings(max_examples=80, deadline=None, derandomize=True, report_multiple_bugs=False)
 
 SCALARS = st.one_of(
     st.none(),

@@ -309,6 +309,8 @@ def check_other_models(rank: int, world_size: int) -> dict[str, Any]:
     return {
         "weights": raised(lambda: Objective(model, whole(20))),
         "selection": raised(lambda: Objective(network(), whole(20), select=select)),
+        "seed": raised(lambda: measure_sharpness(network(), whole(20), "hessian_topk", seed=rank)),
+        "settings": raised(lambda: measure_sharpness(network(), whole(20), HessianTopK(k=1 + rank))),
         "metrics": raised(lambda: measure_sharpness(network(), whole(20), ["hessian_topk", "epsilon_box"][: 1 + rank % 2])),
         "alone": Objective(model, whole(20), ranks="alone").loss,
     }
@@ -591,6 +593,16 @@ def die_by_exit(rank: int) -> Callable[[Objective], float]:
     return work
 
 
+def be_interrupted(rank: int) -> Callable[[Objective], float]:
+    def work(objective: Objective) -> float:
+        objective.value()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return objective.value()
+
+    return work
+
+
 def stay_away(rank: int) -> Callable[[Objective], float]:
     def work(objective: Objective) -> float:
         if rank == 1:
@@ -600,7 +612,7 @@ def stay_away(rank: int) -> Callable[[Objective], float]:
     return work
 
 
-DEATHS = {"signal": die_by_signal, "exit": die_by_exit, "stay away": stay_away}
+DEATHS = {"signal": die_by_signal, "exit": die_by_exit, "Ctrl-C": be_interrupted, "stay away": stay_away}
 
 
 def lose_a_rank(rank: int, world_size: int, how: str) -> str:

@@ -170,7 +170,9 @@ class Watch(TrainerCallback):
 # --- measuring
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"dataloader_num_workers": 1}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"gradient_accumulation_steps": 2}, {"dataloader_num_workers": 1}, {"bf16": True}], ids=str
+)
 def test_training_with_measuring_is_training_without(tmp_path, settings):
     if "dataloader_num_workers" in settings:
         settings = {**settings, "dataloader_persistent_workers": True}
@@ -1008,7 +1010,12 @@ def on_two_ranks(folder: Path) -> dict:
     # a loop of one's own, measured and not, and with a schedule
     found["plain"], found["measured"] = (accelerate_loop(measured=measured, batch_size=4) for measured in (False, True))
     found["scheduled"] = accelerate_loop(schedule="0:8 1ep:32 2ep:16", epochs=4, batch_size=4)
-    # and Trainer with all callbacks
+    # and Trainer with all callbacks, and with measuring left out
+    twin = trainer_of(folder / "twin", gpt(), texts(), per_device_train_batch_size=4, num_train_epochs=3)
+    SAMCallback(rho=0.1).attach(twin)
+    BatchSizeCallback("0:8 1ep:32 2ep:16").attach(twin)
+    twin.train()
+    found["unmeasured"] = weights(twin.model).tolist()
     trainer = trainer_of(folder / "trainer", gpt(), texts(), per_device_train_batch_size=4, num_train_epochs=3)
     told = SharpnessCallback([METRIC], every="1ep", budget=None, num_samples=8).attach(trainer)
     SAMCallback(rho=0.1).attach(trainer)
@@ -1052,6 +1059,7 @@ def test_two_ranks(tmp_path):
         assert found["rates"] == pytest.approx([0.1] * 4 + [0.4] + [0.2] * 4)
         assert (found["step"], found["samples"], found["evaluated"]) == (9, 4 * NUM_SAMPLES, [NUM_SAMPLES // 2] * 4)
     assert one["scheduled"]["weights"] == two["scheduled"]["weights"]
+    assert one["weights"] == one["unmeasured"]
     # the same on both ranks, and what one process does
     for name in ("loop", "weights", "rates", "history", "changes", "batches", "phases"):
         assert one[name] == two[name], name

@@ -40,7 +40,7 @@ from sharpness_plugins import measure_sharpness
 from sharpness_plugins.controller import BatchController
 from sharpness_plugins.errors import LoaderError, LossRuleError, PluginWarning
 from sharpness_plugins.noise_scale import NoiseScaleMeter
-from sharpness_plugins.optimizers import perturbed
+from sharpness_plugins.optimizers import SAM, SharpnessAware, perturbed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),  # advice about speed
@@ -384,6 +384,31 @@ def sam_by_hand(model, data, *, rho, accumulate=1, clip=None, epochs=2, lr=0.1):
             if clip:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
+
+
+def test_t13_a_sharpness_aware_optimizer_in_automatic_optimization_makes_two_training_steps_per_step():
+    steps = []
+
+    class Sharp(Net):
+        def training_step(self, batch, batch_idx):
+            steps.append(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            sgd = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            self.optimizer = SharpnessAware(sgd, SAM(), rho=0.2, model=self)
+            return [self.optimizer], [torch.optim.lr_scheduler.StepLR(self.optimizer, 100)]
+
+    model, twin = Sharp(batch_norm=True), Net(batch_norm=True)
+    fit(model, Data(), [])
+    sam_by_hand(twin, dataset(), rho=0.2)
+    assert steps == [number for _ in range(2) for number in range(12) for _ in range(2)]
+    torch.testing.assert_close(weights(model), weights(twin), rtol=1e-5, atol=1e-7)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True) if a.is_floating_point() is False
+    )
+    assert model.optimizer.num_steps == 24
+    assert model.optimizer.surrogate_gap != 0
 
 
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (4, None), (4, 0.05)])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import math
 import multiprocessing as mp
 import warnings
 from pathlib import Path
@@ -18,6 +20,7 @@ from sharpness_adapters.plain import attach
 from sharpness_plugins import measure_sharpness
 from sharpness_plugins.errors import LoaderError, MeasurementWarning, UnknownNameError
 from sharpness_plugins.noise_scale import NoiseScaleMeter
+from sharpness_plugins.optimizers import SAM, SharpnessAware
 from sharpness_plugins.report import MetricResult
 
 NUM_SAMPLES = 100
@@ -239,6 +242,71 @@ def test_an_optimizer_that_runs_no_hooks_says_when_it_has_stepped_and_none_is_co
             wrapped.zero_grad()
     assert [(made.step, made.samples) for made in run.history] == [(1, 10), (4, 40), (8, 80)]
     assert run.progress.step == 10
+
+
+def test_a_sharpness_aware_optimizer_shows_its_gap_and_its_base_is_the_clock():
+    model, data = Triples(), Indexed()
+    optimizer = SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), SAM(), rho=0.1, model=model)
+    loader, gaps, norms, losses = DataLoader(data, batch_size=10), [], [], []
+    asked = {"metrics": slope, "loss_fn": loss_fn, "every": "1 step", "budget": None, "probe_samples": 10}
+    with attach(model, optimizer, loader, schedule="0:10 1ep:25", coupling="none", **asked) as run:
+        for _ in range(2):
+            for number, batch in enumerate(loader):
+
+                def closure(batch=batch, spoiled=number == 2):
+                    loss = loss_fn(model, batch) * (math.nan if spoiled else 1.0)
+                    loss.backward()
+                    losses.append(loss.item())
+                    return loss
+
+                with pytest.warns(RuntimeWarning, match="was left out") if number == 2 else contextlib.nullcontext():
+                    optimizer.step(closure)
+                if number != 2:
+                    gaps.append(losses[-1] - losses[-2])
+                    norms.append(optimizer.gradient_norm)
+    assert [made.step for made in run.history] == list(range(1, 13))  # 9 of 10, 3 of 4: none that was left out
+    assert run.controller.step == 12
+    assert [made.values["surrogate_gap"] for made in run.history] == pytest.approx(gaps, rel=1e-4, abs=1e-7)
+    assert [made.values["gradient_norm"] for made in run.history] == norms
+
+
+@pytest.mark.parametrize("schedule", [None, "0:10 1ep:25"])
+def test_ignites_engine_is_measured_and_told_of_batch_sizes(schedule):  # which counts batches once, and replays data
+    ignite = pytest.importorskip("ignite.engine", reason="Ignite is not installed: pip install pytorch-ignite")
+
+    def train(measured):
+        model, optimizer, loader = parts()
+        seen = []
+
+        def update(engine, batch):
+            seen.append((engine.state.epoch, len(batch[0])))
+            optimizer.zero_grad()
+            loss_fn(model, batch).backward()
+            optimizer.step()
+
+        engine = ignite.Engine(update)
+        asked = {"metrics": slope, "loss_fn": loss_fn, "every": "1ep", "budget": None, "schedule": schedule}
+        with attach(model, optimizer, loader, **asked) if measured else contextlib.nullcontext() as run:
+            if schedule is not None:
+
+                @engine.on(ignite.Events.EPOCH_STARTED)
+                def follow(engine):
+                    run.controller.decide()
+                    engine.state.epoch_length = len(run.loader)
+                    engine.state.iteration = (engine.state.epoch - 1) * len(run.loader)
+
+            engine.run(loader, max_epochs=3)
+        return model.state_dict(), run, seen
+
+    after, run, seen = train(measured=True)
+    assert [made.samples for made in run.history] == [10, 100, 200, 300]
+    if schedule is not None:
+        assert seen == [(1, 10)] * 10 + [(2, 25)] * 4 + [(3, 25)] * 4
+        assert (run.controller.step, run.controller.samples) == (18, 300)
+        return
+    assert seen == [(epoch, 10) for epoch in (1, 2, 3) for _ in range(10)]
+    plain, _, _ = train(measured=False)
+    assert all(torch.equal(after[name], plain[name]) for name in plain)
 
 
 def test_steps_that_nobody_sees_are_said_at_the_end():
@@ -687,7 +755,8 @@ def test_without_metrics_only_the_schedule_and_the_signals_and_no_probe():
     model, optimizer, loader = parts()
     meter = NoiseScaleMeter(model.parameters())
     signals = {"gradient_variance": meter, "surrogate_gap": lambda: 0.5}
-    with attach(model, optimizer, loader, metrics=(), schedule="0:10 1ep:50", signals=signals, probe_samples=0) as run:
+    asked = {"metrics": (), "schedule": "0:10 1ep:50", "signals": signals, "probe_samples": 0, "budget": None}
+    with attach(model, optimizer, loader, **asked) as run:
         for inputs, targets, _ in loader:
             for half in (slice(0, 5), slice(5, None)):
                 with meter.micro_batch(5, weight=0.5):

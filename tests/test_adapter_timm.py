@@ -918,14 +918,13 @@ def test_a_train_py_without_tasks_is_refused_by_name(train_py, images, in_folder
     if has_tasks(train_py):
         pytest.skip(f"{train_py} has tasks; name an older one with TIMM_TRAIN_PY too (timm 1.0.22 or before)")
     arguments = of_train_py(images, in_folder, "--workers", "0", "--epochs", "1")
-    done = run_train_py(train_py, [*arguments, *SAM], measured=False)
-    assert "RuntimeError: no forward pass of a timm.task.TrainingTask came before this step" in done.stderr
-    done = run_train_py(
-        train_py, arguments, measured=False, command=["-m", "sharpness_adapters.timm_script", "--schedule", "0:8"]
-    )
+    command = [*SHARPNESS_TIMM, "--schedule", "0:8"]
+    done = run_train_py(train_py, arguments, measured=False, command=command)
     assert done.returncode == 1
     assert "is not a train.py of timm that is understood: its train_one_epoch has no argument task" in done.stderr
     assert not (in_folder / "run").exists()
+    done = run_train_py(train_py, [*arguments, *SAM], measured=False)
+    assert "RuntimeError: no forward pass of a timm.task.TrainingTask came before this step" in done.stderr
 
 
 def test_train_py_grows_its_batches_and_resumes(task_train_py, images, in_folder, our_plugin, capsys):

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from oracles import preserved_rng
 from sharpness_plugins import memory
-from sharpness_plugins.batches import BatchSource, count_samples, map_tensors, tensors_of
+from sharpness_plugins.batches import count_samples, map_tensors, tensors_of
 from sharpness_plugins.errors import LoaderError, MeasurementWarning
+from sharpness_plugins.source import BatchSource
 
 CPU = torch.device("cpu")
 Pair = namedtuple("Pair", "x y")

@@ -406,7 +406,7 @@ def test_list_without_a_match_is_an_error(capsys):
 def test_list_shows_every_kind_or_one(capsys):
     assert main(["list"]) == 0
     heads = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "what it is" in line]
-    assert heads == ["metric", "schedule", "signal", "coupling"]
+    assert heads == ["metric", "schedule", "signal", "coupling", "optimizer"]
     assert main(["list", "--kind", "coupling", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert {one["name"] for one in told["couplings"]} == {"adam_sde", "adascale", "linear", "momentum", "none", "sqrt"}

@@ -99,7 +99,7 @@ SCHEDULE_TEXTS = st.recursive(
 )
 
 
-@fuzzing.settings(QUICK, max_examples=25)
+@fuzzing.settings(QUICK, max_examples=12)
 @given(SCHEDULE_TEXTS)
 def test_schedules_of_schedules_conform(text):
     try:

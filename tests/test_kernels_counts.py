@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernel_harness as harness
+from sharpness_plugins import optimizers
 from sharpness_plugins.kernels import ball, box, dispatch, sam, vectors
 
 COUNTING = Path(__file__).parent.parent / "benchmarks" / "counting.py"
@@ -192,6 +193,37 @@ def test_sam_by_plain_torch_on_a_gpu(shapes):
     assert found.syncs == 0
     assert back.bytes / dim <= 28.001
     assert (back.launches <= 8, back.syncs) == (True, 0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "by_triton", "bytes_per_parameter", "launches"),
+    [
+        (optimizers.SAM(), True, 28, 3),  # 20 up in 2, and 8 back
+        (optimizers.SAM(), False, 32, 20),
+        (optimizers.ASAM(), True, 28, 3),  # the weights that T is made of are read anyway: 4 more for the norm
+        (optimizers.MomentumSAM(), True, 36, 6),  # the momentum times -1 is a vector of its own
+    ],
+)
+def test_an_ascent_of_the_optimizer(shapes, rule, by_triton, bytes_per_parameter, launches):
+    """Up and back, as loops and adapters run it, on a GPU: what the kernels take, but for numbers, and nothing waits."""
+    dim = sum(map(torch.Size.numel, shapes))
+    with FakeTensorMode():
+        parameters = [torch.nn.Parameter(weight) for weight in on_gpu(shapes)]
+        sgd = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+        made = [torch.empty_like(parameter) for parameter in parameters]
+        for parameter, gradient in zip(parameters, made, strict=True):
+            parameter.grad = gradient
+            sgd.state[parameter]["momentum_buffer"] = torch.empty_like(parameter)
+        optimizer = optimizers.SharpnessAware(sgd, rule)
+        with counting.Traffic(inside=not by_triton) as found:
+            for ascent in optimizer.ascents():
+                with ascent:
+                    for parameter, gradient in zip(parameters, made, strict=True):
+                        parameter.grad = gradient
+    numbers = found.by_operation["aten::full"] + found.by_operation["aten::mul"] + found.by_operation["aten::add_"]
+    assert found.bytes / dim <= bytes_per_parameter + 0.001
+    assert (found.launches - numbers <= launches, numbers <= 4) == (True, True)
+    assert found.syncs == 0
 
 
 def test_adaptive_sam_waits_for_nothing(shapes):

@@ -181,6 +181,23 @@ def test_a_rule_is_its_formula(name, form):
         np.testing.assert_allclose(problem.w, twin.w, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("name", ["sam", "fsam", "looksam"])
+def test_an_interval_is_the_rule_in_each_so_manyth_step_and_plain_steps_between(name):
+    rule, formula, _ = FORMULAS[name]
+    problem = Quadratic()
+    twin, asked = Twin(problem), 0
+    optimizer = SharpnessAware(SGD(problem.parameters(), lr=LR, momentum=BETA), rule, rho=RHO, interval=3)
+    for number in range(9):
+        optimizer.step(problem.closure)
+        if number % 3 == 0:
+            twin.t = asked  # the rule counts the steps that it was asked for
+            twin.step(formula)
+            asked += 1
+        else:
+            twin.step(lambda s: s.grad(s.w))
+        np.testing.assert_allclose(problem.w, twin.w, rtol=1e-12, atol=1e-13)
+
+
 def test_t15_one_step_of_sam_on_a_quadratic():
     problem = Quadratic()
     w, H = problem.w - problem.c, problem.H

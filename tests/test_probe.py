@@ -230,3 +230,27 @@ def test_numbers_below_one_are_refused():
         probe_batches([torch.zeros(4)], 0)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         probe_batches(DataLoader(Indexed()), batch_size=0)
+
+
+class Doubled:
+    """Around a DataLoader, as loaders that move or normalize whole batches are."""
+
+    def __init__(self, loader) -> None:
+        self.loader = loader
+
+    def __iter__(self):
+        for inputs, targets in self.loader:
+            yield 2 * inputs + torch.rand(()), targets
+
+
+def test_what_a_loader_around_a_loader_does_to_batches_is_done_to_the_probe():
+    loader = Doubled(DataLoader(Indexed(), batch_size=10))
+    plain = values(probe_batches(loader.loader, 20))
+    before = torch.get_rng_state()
+    found = values(probe_batches(loader, 20))
+    assert torch.equal(torch.get_rng_state(), before)
+    shifts = [one - 2 * other for one, other in zip(found, plain, strict=True)]
+    assert all(0 <= shift < 1 for shift in shifts)
+    assert shifts[:10] == pytest.approx([shifts[0]] * 10, abs=1e-4)
+    assert found == values(probe_batches(loader, 20))
+    assert isinstance(loader.loader, DataLoader)

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -402,6 +403,21 @@ def test_t14_an_exception_in_the_closure_restores_weights_and_gradients(rule, er
     assert torch.isfinite(trained_on)
 
 
+@pytest.mark.parametrize("rule", [SAM(), KStepSAM(k=3, step=0.9)], ids=lambda rule: type(rule).__name__)
+def test_t14_a_failure_on_the_way_up_or_down(rule, monkeypatch):
+    """Where neither with nor the closure could help: a random state that cannot be put back, memory that runs out."""
+    model = network()
+    before = flat(model.parameters())
+    for target in ("torch.set_rng_state", "sharpness_plugins.optimizers.making.climb"):
+        optimizer = aware(model, rule, replay_rng=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(target, lambda *args: (_ for _ in ()).throw(MemoryError("out")))
+            with pytest.raises(MemoryError):
+                optimizer.step(Evaluation(model))
+        assert torch.equal(flat(model.parameters()), before)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_t14_by_hand_the_first_gradient_is_back():
     model = network()
     optimizer = aware(model, GSAM())
@@ -510,6 +526,7 @@ def test_an_ascent_that_was_not_entered_is_told():
         (lambda p: SharpnessAware(SGD(p, lr=0.1), SAM), TypeError, r"an instance such as SAM\(\)"),
         (lambda p: SharpnessAware(SharpnessAware(SGD(p, lr=0.1), SAM()), SAM()), TypeError, "first-order"),
         (lambda p: SharpnessAware(torch.optim.LBFGS(p), SAM()), TypeError, "LBFGS"),
+        (lambda p: SharpnessAware(SGD(p, lr=0.1, maximize=True), SAM()), ValueError, "minimize the negative"),
         (lambda p: SharpnessAware(SGD(p, lr=0.1), SAM(), rho=-0.1), ValueError, "not negative, got -0.1"),
         (lambda p: SharpnessAware(SGD(p, lr=0.1), SAM(), rho=math.nan), ValueError, "got nan"),
         (lambda p: SharpnessAware(SGD(p, lr=0.1), SAM(), m=0), ValueError, "at least 1, got 0"),
@@ -578,8 +595,9 @@ def test_complex_parameters_are_pairs_of_real_ones():
     start = torch.randn(4, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
     weight, real = nn.Parameter(start.clone()), nn.Parameter(torch.view_as_real(start).clone())
     loss = lambda w: ((w - 1).abs() ** 4).sum() if w.is_complex() else ((w[..., 0] - 1) ** 2 + w[..., 1] ** 2).square().sum()  # noqa: E731
+    models = [nn.ParameterList([one]) for one in (weight, real)]
     for rule in RULES:
-        a, b = (SharpnessAware(SGD([w], lr=0.01, momentum=0.9), rule, rho=0.1) for w in (weight, real))
+        a, b = (aware(model, rule, rho=0.1, lr=0.01) for model in models)
         for _ in range(3):
             a.step(lambda: loss(weight).backward())
             b.step(lambda: loss(real).backward())
@@ -598,11 +616,12 @@ def test_a_parameter_shared_by_groups_is_refused_by_torch_and_tied_ones_are_one(
 
 def test_empty_parameters_and_no_gradients_at_all():
     empty, weight = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(3))
+    both = nn.ParameterList([empty, weight])
     for rule in RULES:
-        optimizer = SharpnessAware(SGD([empty, weight], lr=0.1, momentum=0.9), rule)
+        optimizer = aware(both, rule)
         optimizer.step(lambda: (weight.square().sum() + empty.sum()).backward())
         before = weight.detach().clone()
-        none = SharpnessAware(SGD([empty, weight], lr=0.1), rule)
+        none = aware(both, rule)
         none.step(lambda: torch.zeros(()))
         assert torch.equal(weight.detach(), before)
 
@@ -638,6 +657,43 @@ def test_closures_may_return_nothing_or_a_number(returned):
     twin = network()
     aware(twin, SAM()).step(Evaluation(twin))
     assert torch.equal(flat(model.parameters()), flat(twin.parameters()))
+
+
+def test_closures_that_clear_gradients_of_others_are_told():
+    model, twin = network(), network()
+    optimizer, other = aware(model, SAM()), aware(twin, SAM())
+
+    def clearing(one, clears, number):
+        def closure():
+            clears()
+            return Evaluation(one, batch(number))()
+
+        return closure
+
+    optimizer.step([clearing(model, optimizer.zero_grad, number) for number in range(3)])  # which does nothing there
+    other.step([Evaluation(twin, batch(number)) for number in range(3)])
+    assert torch.equal(flat(model.parameters()), flat(twin.parameters()))
+    with pytest.raises(RuntimeError, match="cleared the gradients of those before it"):
+        optimizer.step([clearing(model, model.zero_grad, number) for number in range(2)])
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_closures_with_a_penalty_on_the_gradient_add_up():
+    model = network()
+    optimizer = aware(model, SAM())
+
+    def closure():
+        loss = functional.cross_entropy(model(batch()[0]), batch()[1])
+        loss.backward(create_graph=True)
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of the cycle that this makes
+        optimizer.step([closure, closure])
+    twin = network()
+    aware(twin, SAM()).step([Evaluation(twin), Evaluation(twin)])
+    torch.testing.assert_close(flat(model.parameters()), flat(twin.parameters()), rtol=1e-12, atol=0)
 
 
 def test_gradients_left_from_before_do_not_count():
@@ -745,7 +801,7 @@ def test_a_hook_may_give_another_closure():
     assert torch.equal(flat(model.parameters()), flat(twin.parameters()))
 
 
-@rules
+@pytest.mark.parametrize("rule", [SAM(), WSAM(), FSAM(), LookSAM(k=3)], ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
 def test_a_copy_goes_on_alike_and_by_itself(rule, duplicate):
     model = normed(spectral=False)  # which torch does not pickle
@@ -764,6 +820,35 @@ def test_a_copy_goes_on_alike_and_by_itself(rule, duplicate):
     assert torch.equal(flat(twin.parameters()), flat(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
     assert other.num_steps == 7
+
+
+def test_a_radius_of_a_groups_own_outlives_a_state_without():
+    model = network()
+    groups = [{"params": [model[0].weight], "rho": 0.7}, {"params": [model[0].bias]}]
+    optimizer = SharpnessAware(SGD(groups, lr=0.1), SAM(), rho=lambda step: 0.2 + step, model=model)
+    plain = SGD([{"params": [nn.Parameter(torch.ones(6, 4))]}, {"params": [nn.Parameter(torch.ones(6))]}], lr=0.3)
+    optimizer.load_state_dict(plain.state_dict())
+    assert [(group["lr"], group["rho"], group["rho_is_own"]) for group in optimizer.param_groups] == [
+        (0.3, 0.7, True),
+        (0.3, 0.2, False),
+    ]
+
+
+def test_a_step_that_is_given_up_is_not_counted():
+    model = network()
+    optimizer = aware(model, FSAM())
+    trained(optimizer, model, range(2))
+    memory = copy.deepcopy(optimizer.state_dict()["sharpness_aware"])
+    Evaluation(model)()
+    for ascent in optimizer.ascents():
+        with ascent:
+            Evaluation(model)()
+            model[0].weight.grad[0, 0] = torch.inf
+    assert not optimizer.is_finite()
+    optimizer.give_up()
+    model[0].weight.grad.zero_()
+    optimizer.base.step()
+    assert_same(optimizer.state_dict()["sharpness_aware"], memory)
 
 
 def test_states_of_the_base_and_of_others():
@@ -870,6 +955,24 @@ def test_m_sam_is_the_mean_over_parts_of_their_own_ascents(m):
         functional.cross_entropy(twin(x[rows]), y[rows]).backward()
         nn.utils.vector_to_parameters(start, twin.parameters())
         total += flat(p.grad for p in twin.parameters()) * len(rows) / 8
+    torch.testing.assert_close(flat(model.parameters()), start - 0.1 * total, rtol=1e-12, atol=1e-14)
+
+
+def test_m_sam_of_several_ascents_per_part():
+    model, twin = network(), network()
+    x, y = batch()
+    optimizer = aware(model, KStepSAM(k=3), rho=0.4, m=3, momentum=0.0)
+    optimizer.step(BatchClosure(lambda part: functional.cross_entropy(model(part[0]), part[1]), (x, y)))
+    start, total = flat(twin.parameters()), torch.zeros_like(flat(twin.parameters()))
+    for rows in torch.arange(8).split(3):
+        point = start
+        for ascent in range(4):
+            nn.utils.vector_to_parameters(point, twin.parameters())
+            twin.zero_grad()
+            functional.cross_entropy(twin(x[rows]), y[rows]).backward()
+            g = flat(p.grad for p in twin.parameters())
+            point = point + 0.4 / 3 * g / g.norm()
+            total += g * len(rows) / 8 * (ascent == 3)
     torch.testing.assert_close(flat(model.parameters()), start - 0.1 * total, rtol=1e-12, atol=1e-14)
 
 

@@ -71,6 +71,15 @@ def fourth_powers(weights):
     return lambda: sum((weight**4).sum() for weight in weights).backward()
 
 
+def halves(data):
+    """The rows that two ranks with four each take first, and those that they take then."""
+    return [tuple(tensor[chosen] for tensor in data) for chosen in ([0, 1, 4, 5], [2, 3, 6, 7])]
+
+
+def split(data):
+    return [tuple(tensor[bounds] for tensor in data) for bounds in (slice(0, 2), slice(2, 4))]
+
+
 def rows(data, rank):
     return tuple(tensor[rank * 4 : rank * 4 + 4] for tensor in data)
 
@@ -121,6 +130,21 @@ def joint(rank: int, found: dict) -> None:
                 optimizer.step(closure_of(model, rows(data, rank)))
                 other.step(BatchClosure(loss_of(alone), data))
             found[f"{mode} {name}"], found[f"{mode} {name} alone"] = flat(model), flat(alone)
+    for name, (rows_of, settings) in {  # micro-batches, in DDP's two ways of making gradients
+        "copied": (((0, 1), (1, 4)), {}),
+        "views": (((0, 3), (3, 4)), {"gradient_as_bucket_view": True}),
+    }.items():
+        for mode in ("global", "local"):
+            model, alone = DistributedDataParallel(plain(), **settings), plain()
+            optimizer = SharpnessAware(SGD(model.parameters(), lr=0.05), GSAM(), rho=0.2, perturb=mode, model=model)
+            own_m = None if mode == "global" else 4
+            other = SharpnessAware(SGD(alone.parameters(), lr=0.05), GSAM(), rho=0.2, m=own_m, model=alone)
+            for number in range(4):
+                mine = rows(batch(number), rank)
+                parts = [tuple(tensor[slice(*bounds)] for tensor in mine) for bounds in rows_of]
+                optimizer.step([BatchClosure(loss_of(model), part, weight=len(part[1]) / 4) for part in parts])
+                other.step(BatchClosure(loss_of(alone), batch(number)))
+            found[f"parts {name} {mode}"], found[f"parts {name} {mode} alone"] = flat(model), flat(alone)
     for ranks_m in (2, 4):  # m does not depend on the number of ranks
         model, alone = DistributedDataParallel(plain()), plain()
         optimizer = SharpnessAware(SGD(model.parameters(), lr=0.05), SAM(), rho=0.2, m=ranks_m, model=model)
@@ -212,6 +236,21 @@ def sharded(rank: int, found: dict) -> None:
         found[f"sharded {name} alone"] = flat(alone)
     found["sharded collectives"] = torch.tensor(reduced.count("SAM"))
 
+    model, alone = plain(), plain()
+    fully_shard(model, mesh=mesh)
+    optimizer = SharpnessAware(SGD(model.parameters(), lr=0.05), SAM(), rho=0.2, m=2, model=model)  # of each rank
+    other = SharpnessAware(SGD(alone.parameters(), lr=0.05), SAM(), rho=0.2, m=4, model=alone)
+    joined = SharpnessAware(SGD(model.parameters(), lr=0.05), SAM(), rho=0.2, model=model)
+    whole = SharpnessAware(SGD(alone.parameters(), lr=0.05), SAM(), rho=0.2, model=alone)
+    for number in range(3):
+        data = batch(number)
+        optimizer.step(BatchClosure(loss_of(model), rows(data, rank)))
+        other.step([BatchClosure(loss_of(alone), half, weight=0.5) for half in halves(data)])
+        joined.step([BatchClosure(loss_of(model), part, weight=0.5) for part in split(rows(data, rank))])
+        whole.step(BatchClosure(loss_of(alone), data))
+    found["sharded parts"] = torch.cat([p.full_tensor().reshape(-1) for p in model.parameters()]).detach()
+    found["sharded parts alone"] = flat(alone)
+
     model = plain()
     fully_shard(model, mesh=mesh)
     optimizer = SharpnessAware(SGD(model.parameters(), lr=0.0), SAM(), rho=0.2, model=model)
@@ -294,6 +333,15 @@ def test_local_is_m_sam_with_a_part_for_each_rank(ranks, rule):
         torch.testing.assert_close(found[f"local {name}"], found[f"local {name} alone"], rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("mode", ["global", "local"])
+@pytest.mark.parametrize("name", ["copied", "views"])
+def test_micro_batches_are_the_whole_batch(ranks, name, mode):
+    for found in ranks:
+        torch.testing.assert_close(
+            found[f"parts {name} {mode}"], found[f"parts {name} {mode} alone"], rtol=1e-11, atol=1e-13
+        )
+
+
 @pytest.mark.parametrize("m", [2, 4])
 def test_m_does_not_depend_on_the_number_of_ranks(ranks, m):
     for found in ranks:
@@ -326,6 +374,12 @@ def test_fully_sharded_is_one_process_with_the_whole_batch(ranks, rule):
     for found in ranks:
         name = type(rule).__name__
         torch.testing.assert_close(found[f"sharded {name}"], found[f"sharded {name} alone"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.skipif(not SHARDABLE, reason="fully_shard on CPU needs torch 2.7")
+def test_fully_sharded_with_parts_of_a_batch(ranks):
+    for found in ranks:
+        torch.testing.assert_close(found["sharded parts"], found["sharded parts alone"], rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.skipif(not SHARDABLE, reason="fully_shard on CPU needs torch 2.7")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import math
 from dataclasses import dataclass, field, replace
@@ -20,11 +21,11 @@ from sharpness_plugins.testing import ConformanceError, Verdict, check_metric
 
 OWN = (
     built_in.EpsilonBox(),
-    built_in.RandomSubspace(),
+    built_in.RandomSubspace(draws=3),
     built_in.HessianTopK(),
     built_in.HessianBottom(),
     built_in.HessianTrace(),
-    built_in.HessianTrace(num_matvecs=60, method="hutchinson", adaptive=True),
+    built_in.HessianTrace(num_matvecs=40, method="hutchinson", adaptive=True),
     built_in.HessianFrobenius(),
     built_in.SpectralDensity(),
     built_in.GaussNewtonTopK(),
@@ -353,7 +354,40 @@ def test_what_is_wrong_is_found_by_the_check_that_is_made_for_it(what):
 
 def test_the_zoo_reaches_every_check():
     checks = {finding.property for finding in check_metric(Norm()).findings}
-    assert {check for _, check, _ in ZOO.values()} == checks
+    assert {check for _, check, _ in ZOO.values()} | {"ranks"} == checks
+
+
+RANKS_MODULE = """
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.distributed
+
+from sharpness_plugins import Kind, MetricResult, Status
+
+
+@dataclass(frozen=True)
+class OfOneRank:
+    name: ClassVar[str] = "of_one_rank"
+    invariances: ClassVar[Any] = frozenset({"neuron_permutation", "loss_scaling"})
+
+    def __call__(self, objective, rng):
+        value = objective.value_and_grad()[1].norm().item()
+        if torch.distributed.is_initialized():
+            value *= 1 + torch.distributed.get_rank()
+        return MetricResult(value, status=Status(Kind.EXACT, "norm of the gradient"))
+"""
+
+
+def test_ranks_are_tried_where_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "conformance_zoo_of_ranks.py").write_text(RANKS_MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("conformance_zoo_of_ranks")
+    assert check_metric(built_in.HessianTopK(k=2), ranks=2)["ranks"].detail.endswith("on 2 processes")
+    assert check_metric(Norm)["ranks"].detail == "ranks=2 tries it on two processes"
+    with pytest.raises(ConformanceError) as raised:
+        check_metric(module.OfOneRank(), ranks=2)
+    assert [finding.property for finding in raised.value.report.violated] == ["ranks"]
 
 
 class TwoFaults(HasNoRecord):

@@ -24,6 +24,7 @@ from sharpness_plugins.errors import LoaderError, MeasurementWarning
 from sharpness_plugins.measure import Metrics, resolve_metrics
 from sharpness_plugins.monitor import CSVSink, JSONLSink, Measurement, Reading, SharpnessMonitor, Sink, gradient_norm
 from sharpness_plugins.noise_scale import NoiseScaleMeter
+from sharpness_plugins.optimizers import SharpnessAware
 from sharpness_plugins.probe import probe_batches
 from sharpness_plugins.samplers import ResizableLoader
 from sharpness_plugins.schedules import BatchSchedule, Progress, sizes
@@ -83,9 +84,14 @@ def attach(
     as before afterwards, also after an exception.
 
     With a schedule the loader's samples come in an order keyed by its seed and the epoch, and an epoch that the loop leaves
-    in the middle goes on with its next ``for``. A loop that accumulates ``k``
-    batches trains with ``k`` times what the schedule says. Batches larger than memory need a loop that knows of
-    accumulation: ``BatchController(..., max_micro_batch=...)``.
+    in the middle goes on with its next ``for``. A loop that accumulates ``k`` batches trains with ``k`` times what the
+    schedule says. Batches larger than memory need a loop that knows of accumulation: ``BatchController(...,
+    max_micro_batch=...)``. An engine that counts the batches of an epoch once is told at the beginning of each one: Ignite
+    in a handler of ``EPOCH_STARTED``::
+
+        run.controller.decide()
+        engine.state.epoch_length = len(run.loader)
+        engine.state.iteration = (engine.state.epoch - 1) * len(run.loader)
 
     Args:
         model, metrics, criterion, loss_fn, select, batch_norm, seed: as for ``measure_sharpness``; ``()`` measures nothing.
@@ -96,7 +102,8 @@ def attach(
         schedule: a ``BatchSchedule`` or its text; needs a DataLoader with a batch size.
         probe: batches to measure on; None for ``probe_samples`` of the loader's data set (``probe_batches``).
         budget, budget_in: the share of training that measuring may take, as for ``SharpnessMonitor``; None for no limit.
-        signals: recorded with each measurement, as for ``SharpnessMonitor``; None for the gradient's norm.
+        signals: recorded with each measurement, as for ``SharpnessMonitor``; None for the gradient's norm, and of a
+            ``SharpnessAware`` the surrogate gap.
         sinks: called with each ``Measurement``.
         log: files that take the measurements: ``.csv`` or ``.jsonl``.
         coupling, scheduler, on_change: as for ``BatchController``.
@@ -107,7 +114,6 @@ def attach(
     if probe is loader:
         raise ValueError("the probe is the training loader, which measuring would disturb. Leave it out, or pass another")
     refuse_sharded(model, "attach")
-    optimizer = _stepping(optimizer)
     wish = None if schedule is None else as_schedule(schedule)
     if wish is not None:
         _check_resizable(loader)
@@ -119,13 +125,13 @@ def attach(
     measures = metrics is None or callable(metrics) or isinstance(metrics, str) or bool(metrics)
     chosen = resolve_metrics(metrics) if measures else {}
     if signals is None:
-        own = {"gradient_norm": gradient_norm(optimizer if isinstance(optimizer, Optimizer) else model.parameters())}
-        signals = {name: read for name, read in own.items() if name not in chosen}
+        signals = {name: read for name, read in _free_signals(model, optimizer).items() if name not in chosen}
     if probe is None and (measures or (wish is not None and wish.signals)):
         known = None if wish is None else sizes(wish)  # the largest batch fits, and small ones are slow
         probe = probe_batches(
             loader, probe_samples, seed=seed, batch_size=known and max(1, known[1] // distributed.world_size())
         )
+    optimizer = _stepping(optimizer)
     monitor = SharpnessMonitor(
         model,
         () if probe is None else probe,
@@ -170,11 +176,26 @@ def attach(
 
 
 def _stepping(optimizer: Optimizer) -> Optimizer:
-    """The one whose steps run hooks: Accelerate's wrapper, which looks like one, has no place for them."""
-    if not isinstance(optimizer, Optimizer) or hasattr(optimizer, "_optimizer_step_post_hooks"):
-        return optimizer
-    inner = getattr(optimizer, "optimizer", None)
-    return inner if isinstance(inner, Optimizer) else optimizer
+    """The one whose steps are the clock: inside of ``SharpnessAware``, which may leave one out, and of Accelerate's wrapper,
+    which looks like an optimizer and has no place for hooks.
+    """
+    while isinstance(optimizer, Optimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if isinstance(optimizer, SharpnessAware):
+            optimizer = optimizer.base
+        elif isinstance(inner, Optimizer) and not hasattr(optimizer, "_optimizer_step_post_hooks"):
+            optimizer = inner
+        else:
+            break
+    return optimizer
+
+
+def _free_signals(model: nn.Module, optimizer: Any) -> dict[str, Reading]:
+    """What training shows by itself: the norm of the last step's gradient, of the first where it is sharpness-aware."""
+    aware = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(aware, SharpnessAware):
+        return {"gradient_norm": lambda: aware.gradient_norm, "surrogate_gap": lambda: aware.surrogate_gap}
+    return {"gradient_norm": gradient_norm(optimizer if isinstance(optimizer, Optimizer) else model.parameters())}
 
 
 def _become(thing: object, kind: type) -> None:

@@ -25,9 +25,7 @@ PACKAGES = ("torch", "scikit-learn", "pytorch-optimizer", "timm")
 def tables(record: dict[str, Any]) -> dict[str, str]:
     """Markdown, by what was measured."""
     return {
-        name: module.table(record[name])
-        for name, module in (("remedy", remedy), ("stepping", stepping))
-        if name in record
+        name: module.table(record[name]) for name, module in (("remedy", remedy), ("stepping", stepping)) if name in record
     }
 
 

@@ -22,7 +22,18 @@ from sharpness_plugins.experiments.data import Samples, digits_split
 from sharpness_plugins.experiments.networks import relu_mlp
 from sharpness_plugins.experiments.paired import mean_and_spread, pair
 from sharpness_plugins.experiments.training import evaluate
-from sharpness_plugins.optimizers import ASAM, FSAM, GSAM, SAM, WSAM, BatchClosure, LookSAM, MomentumSAM, Rule, SharpnessAware
+from sharpness_plugins.optimizers import (
+    ASAM,
+    FSAM,
+    GSAM,
+    SAM,
+    WSAM,
+    BatchClosure,
+    LookSAM,
+    MomentumSAM,
+    Rule,
+    SharpnessAware,
+)
 
 __all__ = ["ARMS", "Arm", "Trained", "order_of", "table", "train"]
 
@@ -147,15 +158,12 @@ def _thousandths(run: Mapping[str, Any]) -> float:
 
 def table(record: Mapping[str, Sequence[Mapping[str, Any]]], reference: str = "batch 500") -> str:
     """Markdown: mean ± sample standard deviation over the seeds, and what each arm gains on the plain large batch."""
-    lines = [
-        "|  | train loss x 1000 | ε-box sharpness % | λmax | test accuracy % | gain on batch 500, points (t; seeds) | flatter in "
-        "| steps | gradients |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    head = ["", "train loss x 1000", "ε-box sharpness %", "λmax", "test accuracy %", "gain, points (t; seeds)", "flatter in"]
+    lines = [_row([*head, "steps", "gradients"]), _row(["---", *["---:"] * 8])]
     plain = record[reference]
     for name, runs in record.items():
-        sharp, top, accuracy = (
-            _column(runs, quantity) for quantity in (_sharpness("epsilon_box"), _sharpness("hessian_topk"), _percent)
+        loss, sharp, top, accuracy = (
+            _column(runs, q) for q in (_thousandths, _sharpness("epsilon_box"), _sharpness("hessian_topk"), _percent)
         )
         gain, flatter = "", ""
         if name != reference:
@@ -166,12 +174,12 @@ def table(record: Mapping[str, Sequence[Mapping[str, Any]]], reference: str = "b
             t = "" if better.t is None else f"{better.t:.1f}; "
             gain = f"{better.mean_difference:+.2f} ({t}{better.count(1)}/{better.num_seeds})"
             flatter = f"{lower.count(-1)}/{lower.num_seeds}"
-        means = (sum(run[key] for run in runs) / len(runs) for key in ("steps", "gradients"))
         missed = sum(not run["reached"] for run in runs)
         label = name + (f" ({missed} did not reach the loss)" if missed else "")
-        lines.append(
-            f"| {label} | {mean_and_spread(_column(runs, _thousandths))} | {mean_and_spread(sharp)} | {mean_and_spread(top)} | {mean_and_spread(accuracy)} | {gain} | {flatter} | "
-            + " | ".join(f"{mean:.0f}" for mean in means)
-            + " |"
-        )
+        means = [f"{sum(run[key] for run in runs) / len(runs):.0f}" for key in ("steps", "gradients")]
+        lines.append(_row([label, *map(mean_and_spread, (loss, sharp, top, accuracy)), gain, flatter, *means]))
     return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

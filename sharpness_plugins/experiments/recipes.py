@@ -163,7 +163,9 @@ def measured(
     progress: ProgressListener,
 ) -> Network:
     """``model`` evaluated on both halves of ``split``, and its sharpness measured on the training samples."""
-    report = measure_sharpness(model, split.train.batches(EVALUATION_BATCH), metrics, seed=seed, progress=progress)
+    report = measure_sharpness(
+        model, split.train.batches(EVALUATION_BATCH), metrics, seed=seed, progress=progress, on_interrupt="raise"
+    )
     return Network(seed, recipe, phases, evaluate(model, split.train), evaluate(model, split.test), report)
 
 

@@ -17,7 +17,7 @@ from .ascent import (
 )
 from .core import BestSoFar, Maximizer, Maximum, Proposals, ValueAndGrad
 from .lbfgsb import LBFGSB
-from .parking import Parked, park, unpark
+from .parking import Parked, from_tree, park, to_tree, unpark
 from .starts import MultiStart
 
 __all__ = [
@@ -39,9 +39,11 @@ __all__ = [
     "ToVertex",
     "ValueAndGrad",
     "apgd",
+    "from_tree",
     "maximizer_named",
     "park",
     "spectral_projected_gradient",
+    "to_tree",
     "unpark",
 ]
 

@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..errors import MeasurementStopped
 from ..regions import Region, SteppedRegion, stepped
 from ..report import Kind, Status
 from .core import Evaluations, Maximum, Proposals, ValueAndGrad
@@ -44,6 +45,7 @@ __all__ = [
 SPENT = "its budget was used"
 FIXED_POINT = "it reached a fixed point"
 NOT_FINITE = "the gradient is not finite there"
+STOPPED = "the measurement was stopped"
 
 
 class Climb:
@@ -361,9 +363,13 @@ class Ascent:
         del start  # a vector less, where the caller has let go of it
         evaluations = Evaluations(fn, self.max_gradients)
         climb = Climb(evaluations, inside, y, *evaluations(y))
-        if from_zero:
-            self._warm_up(climb)
-        return self._finished(climb)
+        try:
+            if from_zero:
+                self._warm_up(climb)
+            reason, goes_on = self.step.run(climb, self.direction, self.tolerance)
+        except MeasurementStopped:
+            reason, goes_on = STOPPED, False
+        return self._finished(climb, reason, goes_on=goes_on)
 
     def _warm_up(self, climb: Climb) -> None:
         for fraction in self.warm_up:
@@ -375,8 +381,7 @@ class Ascent:
         climb.go_back()
         climb.steps = 0
 
-    def _finished(self, climb: Climb) -> Maximum:
-        reason, goes_on = self.step.run(climb, self.direction, self.tolerance)
+    def _finished(self, climb: Climb, reason: str, *, goes_on: bool) -> Maximum:
         point, gradient = climb.best
         gap = climb.region.vertex_step(None, point, gradient).gap
         evaluations = climb.evaluations
@@ -395,6 +400,7 @@ class Ascent:
             rejections=climb.rejections,
             gap=gap,
             non_finite=evaluations.non_finite,
+            stopped=reason is STOPPED,
         )
 
 

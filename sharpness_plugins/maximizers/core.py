@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import MeasurementStopped
 from ..regions import Region, ValueAndGrad, stepped
-from ..report import Status
+from ..report import Kind, Status
 
 __all__ = ["BestSoFar", "Evaluations", "Maximizer", "Maximum", "Proposals", "ValueAndGrad"]
 
@@ -36,6 +37,7 @@ class Maximum(NamedTuple):
         gap: ``max <gradient, v - perturbation>`` over the region: a measure of stationarity, zero at a local maximum. It
             bounds what is left to gain only where f is concave.
         non_finite: points at which f was not finite, passed over.
+        stopped: whether the measurement was stopped in the middle, and this is the best until then.
     """
 
     perturbation: Tensor
@@ -51,6 +53,7 @@ class Maximum(NamedTuple):
     rejections: int = 0
     gap: float = math.nan
     non_finite: int = 0
+    stopped: bool = False
 
 
 class Maximizer(Protocol):
@@ -64,7 +67,8 @@ class Maximizer(Protocol):
 
         Args:
             fn: ``e -> (f(e), gradient)``, shapes ``(dim,)``; a value that is not finite counts as no ascent. The solver
-                goes on to use the memory of e: keep a copy, if any.
+                goes on to use the memory of e: keep a copy, if any. It raises ``MeasurementStopped`` when the measurement is
+                to stop; a solver then returns the best point so far, if it has one.
             region: where to look.
             start: a point of the region, shape ``(dim,)``.
             proposals: further starts with their names, the most promising first; drawn one by one, as they are used.
@@ -126,7 +130,13 @@ class BestSoFar:
                 best[:] = [(value, e.clone(), gradient.clone())]
             return value, gradient
 
-        found = self.solver.maximize(watched, region, start, proposals)
+        try:
+            found = self.solver.maximize(watched, region, start, proposals)
+        except MeasurementStopped:
+            if not best:
+                raise
+            said = f"the best of {seen.gradients} gradients when it was stopped"
+            found = Maximum(best[0][1], -math.inf, 0, Status(Kind.LOWER_BOUND, said), stopped=True)
         if not best or best[0][0] <= found.value:
             return found._replace(gradients=seen.gradients)
         value, point, gradient = best[0]

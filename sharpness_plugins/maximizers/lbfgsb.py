@@ -10,6 +10,7 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
+from ..errors import MeasurementStopped
 from ..regions import Box, Region
 from ..report import Kind, Status
 from .core import Evaluations, Maximum, Proposals, ValueAndGrad
@@ -90,24 +91,30 @@ class LBFGSB:
         u0 = origin.double().cpu().numpy()
         if not self.published:
             u0 = np.divide(u0, half_width, out=np.zeros_like(u0), where=half_width > 0)
-        outcome = scipy.optimize.minimize(
-            negated, u0, jac=True, method="L-BFGS-B", bounds=scipy.optimize.Bounds(-bound, bound), options=options
-        )
+        bounds = scipy.optimize.Bounds(-bound, bound)
+        try:
+            outcome = scipy.optimize.minimize(negated, u0, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+            iterations, ending = int(outcome.nit), str(outcome.message)
+        except MeasurementStopped:
+            outcome, iterations, ending = None, 0, "the measurement was stopped"
         value, point, gradient = best[0]
         how = "as published" if self.published else "scaled, zero tolerances"
         said = (
-            f"SciPy L-BFGS-B ({how}), {outcome.nit} of {self.max_iterations} iterations, {evaluations.gradients} gradients: "
-            f"{outcome.message}"
+            f"SciPy L-BFGS-B ({how}), {iterations} of {self.max_iterations} iterations, {evaluations.gradients} gradients: "
+            f"{ending}"
         )
-        if outcome.nit == 0:
+        stays = outcome is not None and iterations == 0
+        if outcome is None:
+            said = f"SciPy L-BFGS-B ({how}), {evaluations.gradients} gradients when {ending}"
+        elif stays:
             said += ". It stopped where it started, so its 0 is not a maximum; use the default maximizer"
-        elif outcome.nit < self.max_iterations and self.published:
+        elif iterations < self.max_iterations and self.published:
             said += ". It stopped before its iterations were used"
         return Maximum(
             perturbation=point,
             value=value,
-            steps=int(outcome.nit),
-            status=Status(Kind.NOT_CONVERGED if outcome.nit == 0 else Kind.LOWER_BOUND, said),
+            steps=iterations,
+            status=Status(Kind.NOT_CONVERGED if stays else Kind.LOWER_BOUND, said),
             gradients=evaluations.gradients,
             gradient=gradient,
             start_values=(value,),
@@ -115,4 +122,5 @@ class LBFGSB:
             start_gradients=(evaluations.gradients,),
             non_finite=evaluations.non_finite,
             gap=region.vertex_step(None, point, gradient).gap,
+            stopped=outcome is None,
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels import vectors
 from ..regions import Box, Region
 
-__all__ = ["Parked", "park", "unpark"]
+__all__ = ["Parked", "from_tree", "park", "to_tree", "unpark"]
 
 _WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -58,3 +58,13 @@ def unpark(parked: Parked, region: Region) -> Tensor:
         sides = [(plane[codes, None] >> shifts & 1).flatten()[: len(out)] for plane in (parked.positive, parked.negative)]
         out.copy_(sides[0]).sub_(sides[1].to(point.dtype)).mul_(region.half_width_of(piece))
     return point
+
+
+def to_tree(parked: Parked | None) -> Tensor | list[Tensor] | None:
+    """As a state file keeps it."""
+    return [parked.positive, parked.negative] if isinstance(parked, _Signs) else parked
+
+
+def from_tree(tree: Tensor | list[Tensor] | None, like: Tensor) -> Parked | None:
+    """The inverse; ``like`` has the dtype and number of coordinates of the point."""
+    return _Signs(tree[0], tree[1], like.dtype, like.numel()) if isinstance(tree, list) else tree

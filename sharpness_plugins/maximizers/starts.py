@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import steps
+from ..errors import MeasurementStopped
 from ..regions import Region
 from ..report import Kind, Status
 from .ascent import AlongSign, Ascent, Halving
 from .core import Maximizer, Maximum, Proposals, ValueAndGrad
-from .parking import Parked, park, unpark
+from .parking import Parked, from_tree, park, to_tree, unpark
 
 __all__ = ["MultiStart"]
 
@@ -70,7 +72,14 @@ class MultiStart:
 
     def maximize(self, fn: ValueAndGrad, region: Region, start: Tensor, proposals: Proposals = ()) -> Maximum:
         """See ``Maximizer``."""
-        search = _Search(fn, region, self.solver, self.max_gradients)
+        search = _Search(fn, region, start, self.solver, self.max_gradients)
+        try:
+            self._search(search, region, start, proposals)
+        except MeasurementStopped:
+            search.stop()
+        return search.result()
+
+    def _search(self, search: _Search, region: Region, start: Tensor, proposals: Proposals) -> None:
         offered = itertools.islice(proposals, self.num_proposals)
         parked = ((name, park(point, region)) for name, point in offered)
         for proposal in itertools.islice(parked, self.num_starts):
@@ -82,7 +91,7 @@ class MultiStart:
             search.begin(name, park(start, region))
         if self.fallback is not None and search.is_rough and not search.arrives():
             search.go_over_to(self.fallback)
-            return search.result()
+            return
         search.race()
         if not search.has_tried(name):
             search.explore(name, park(start, region))
@@ -92,7 +101,6 @@ class MultiStart:
         while search.left > 1 and (further := next(parked, None)) is not None:
             search.explore(*further)
         search.refine()
-        return search.result()
 
 
 @dataclass(eq=False)
@@ -111,8 +119,8 @@ class _Start:
 class _Search:
     """Several starts, and what is left of their common budget."""
 
-    def __init__(self, fn: ValueAndGrad, region: Region, solver: Any, budget: int) -> None:
-        self._region, self._solver = region, solver
+    def __init__(self, fn: ValueAndGrad, region: Region, like: Tensor, solver: Any, budget: int) -> None:
+        self._region, self._like, self._solver = region, like, solver
         self._lowest = math.inf  # value seen: gains are counted from there
 
         def watched(e: Tensor) -> tuple[float, Tensor]:
@@ -127,6 +135,13 @@ class _Search:
         self._budget = self.left = budget
         self._starts: list[_Start] = []
         self._steps = self._rejections = self._non_finite = 0
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Keep the starts that have a point; raises MeasurementStopped where none has."""
+        self._stopped, self._starts = True, [start for start in self._starts if start.point is not None]
+        if not self._starts:
+            raise MeasurementStopped
 
     @property
     def best(self) -> _Start:
@@ -211,21 +226,40 @@ class _Search:
             if to_the_end and hasattr(solver, "tolerance"):
                 changed["tolerance"] = 0.0
             solver = replace(solver, **changed)
-        found: Maximum = solver.maximize(self._fn, self._region, unpark(point, self._region))
-        self.left = max(0, self.left - found.gradients)
-        start.gradients += found.gradients
-        self._steps += found.steps
-        self._rejections += found.rejections
-        self._non_finite += found.non_finite
-        if start.point is None or found.value > start.value:
-            start.value, start.gap, start.settled = found.value, found.gap, found.onward is None
-            start.point = park(found.perturbation, self._region)
-        start.onward = park(found.onward, self._region) if found.onward is not None else None
+        found = steps.child("run").run(lambda: self._climbed(solver, start, point))
+        self._stopped |= found["stopped"]
+        self._lowest = min(self._lowest, found["lowest"])
+        self.left = max(0, self.left - found["gradients"])
+        start.gradients += found["gradients"]
+        self._steps += found["steps"]
+        self._rejections += found["rejections"]
+        self._non_finite += found["non_finite"]
+        if found["point"] is not None:
+            start.value, start.gap, start.settled = found["value"], found["gap"], found["onward"] is None
+            start.point = from_tree(found["point"], self._like)
+        start.onward = from_tree(found["onward"], self._like)
+
+    def _climbed(self, solver: Maximizer, start: _Start, point: Parked) -> dict[str, Any]:
+        """What a run of the solver found, as a tree; a point only where it is better than the start's."""
+        found = solver.maximize(self._fn, self._region, unpark(point, self._region))
+        is_better = start.point is None or found.value > start.value
+        return {
+            "value": found.value,
+            "gap": found.gap,
+            "point": to_tree(park(found.perturbation, self._region)) if is_better else None,
+            "onward": None if found.onward is None else to_tree(park(found.onward, self._region)),
+            "gradients": found.gradients,
+            "steps": found.steps,
+            "rejections": found.rejections,
+            "non_finite": found.non_finite,
+            "lowest": self._lowest,
+            "stopped": found.stopped,
+        }
 
     def result(self) -> Maximum:
         spent = sum(start.gradients for start in self._starts)
         count = len(self._starts)
-        how = f"best of {count} start{'s' if count > 1 else ''} after {spent} gradients"
+        how = f"best of {count} start{'s' if count > 1 else ''} after {spent} gradients" + ", then stopped" * self._stopped
         best = self.best
         return Maximum(
             perturbation=self.best_point(),
@@ -239,4 +273,5 @@ class _Search:
             rejections=self._rejections,
             gap=best.gap,
             non_finite=self._non_finite,
+            stopped=self._stopped,
         )

@@ -31,7 +31,7 @@ def topk_result(shared: KrylovPass, k: int, tolerance: float) -> MetricResult:
     values, residuals, bounds = run.values[:k], run.residuals[:k], run.bounds[:k]
     relative = (residuals / values.abs().clamp_min(1e-300)).where(values != 0, 0.0).max().item()
     how = f"{run.num_matvecs} products, {shared.how}, largest relative residual {relative:.1e}"
-    if len(values) < k:
+    if len(values) < k and run.ending is not Ending.STOPPED:
         how += f"; k={k} was lowered to the number of parameters"
     if run.converged:
         where = "on the whole space" if run.ending is Ending.WHOLE_SPACE else "with a guard pair"

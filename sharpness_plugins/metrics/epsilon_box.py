@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import reductions
-from ..maximizers import Maximizer, MultiStart, park, unpark
+from .. import reductions, steps
+from ..expected import ExpectedWork, Range
+from ..krylov_pass import expected_trial
+from ..lanczos import basis_of_use
+from ..maximizers import Maximizer, MultiStart, from_tree, park, to_tree, unpark
 from ..objective import Objective
 from ..regions import Box
 from ..report import MetricResult, Status
@@ -78,6 +81,22 @@ class EpsilonBox:
             passes += 2 * self.max_targets + 6 + 4 * self.eigenvectors
         return passes
 
+    def expected_work(self, objective: Objective) -> ExpectedWork:
+        gradients = keskar.expected_gradients(self.maximizer)
+        if not keskar.uses_proposals(self.maximizer):
+            return ExpectedWork(gradients=gradients)
+        most = 2 * self.max_targets + 7 if self.max_targets else 0
+        if not self.eigenvectors:
+            return ExpectedWork(values=Range(0, most, most), gradients=gradients)
+        run = starts.eigenvector_request(self.eigenvectors, objective.dim)
+        found = min(4 * self.eigenvectors + 10, run.num_matvecs)
+        return ExpectedWork(
+            values=Range(0, most, most),
+            gradients=gradients.plus(expected_trial(objective)),
+            hvps=Range(min(run.k, found), found, run.num_matvecs),
+            vectors=basis_of_use(run, objective.dim),
+        )
+
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
         keskar.check_loss(objective.loss)
         box = Box.keskar(objective.origin, self.epsilon)
@@ -124,15 +143,22 @@ class EpsilonBox:
         """The starts, and the gradients that it took to choose them, rounded up."""
         if not keskar.uses_proposals(self.maximizer):
             return iter(()), 0
+        scope = steps.child("starts")
+        chosen, spent = scope.run(lambda: self._chosen(objective, box, rng), generator=rng)
+        parked = [(name, from_tree(point, box.anchor)) for name, point in chosen]
+        return ((name, unpark(point, box)) for name, point in parked if point is not None), math.ceil(spent)
+
+    def _chosen(self, objective: Objective, box: Box, rng: torch.Generator) -> tuple[list[Any], float]:
+        """Names and parked points, as a tree, and the gradients that they took."""
         before = objective.cost.gradients
         chosen = [
-            (name, park(point, box))
+            (name, to_tree(park(point, box)))
             for name, point in itertools.chain(
                 starts.eigenvector_starts(objective, box, rng, self.eigenvectors),
                 starts.targeted_starts(objective, box, rng, self.max_targets, self.sketch_samples),
             )
         ]
-        return ((name, unpark(point, box)) for name, point in chosen), math.ceil(objective.cost.gradients - before)
+        return chosen, objective.cost.gradients - before
 
 
 def _lost_in_rounding(origin: Tensor, perturbation: Tensor) -> float:

@@ -46,8 +46,8 @@ class HessianTopK:
         guard, check_multiplicity, max_basis, storage: see ``krylov.LanczosRequest``.
         select: globs of parameter names: the eigenvalues of their block.
         hvp: how products are made; None for the objective's own choice, otherwise one of ``hvp.HVP_MODES``.
-    Cost: typically 8 to 12 products for k = 1 and 13 to 25 for k = 5, each about two gradients where the graphs fit in
-        memory and three where not; ``2 k + 4`` vectors of memory, or down to ``k + 3`` where no more fit.
+    Cost: typically 8 to 12 products for k = 1 and 13 to 25 for k = 5, each two gradients where the graphs fit in memory
+        (1.5 for ResNet-18) and three where not; ``2 k + 4`` vectors of memory, or down to ``k + 3`` where no more fit.
     """
 
     k: int = 5
@@ -115,7 +115,7 @@ class HessianTopK:
     def _status(self, run: LanczosResult, how: str) -> Status:
         pairs = zip(run.values[: self.k].tolist(), run.residuals[: self.k].tolist(), strict=True)
         how += f", largest relative residual {max(r / abs(value) if value else 0.0 for value, r in pairs):.1e}"
-        if len(run.values) < self.k:
+        if len(run.values) < self.k and run.ending is not Ending.STOPPED:
             how += f"; k={self.k} was lowered to the number of parameters"
         if run.converged:
             met = "at the rounding of the products, or " if run.ending is Ending.ROUNDING else ""
@@ -128,7 +128,8 @@ class HessianTopK:
             if run.ending is Ending.UNSEARCHED
             else f"the residuals fell below {self.tolerance:g}"
         )
-        return Status(Kind.NOT_CONVERGED, f"the budget of {self._budget()} products ran out before {before} ({how}){bound}")
+        cause = run.ending if run.ending is Ending.STOPPED else f"the budget of {self._budget()} products ran out"
+        return Status(Kind.NOT_CONVERGED, f"{cause} before {before} ({how}){bound}")
 
 
 def _with_guards(guard: int) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..maximizers import Maximizer, Maximum, MultiStart, Proposals, ValueAndGrad, maximizer_named
+from ..expected import Range
+from ..maximizers import LBFGSB, Maximizer, Maximum, MultiStart, Proposals, ValueAndGrad, maximizer_named
 from ..regions import Box
 from . import starts
 
@@ -17,12 +19,16 @@ __all__ = [
     "check_epsilon",
     "check_loss",
     "described",
+    "expected_gradients",
     "maximize",
     "passed_over",
     "sharpness",
     "solver",
     "uses_proposals",
 ]
+
+
+_LINE_SEARCH = 20  # SciPy's most evaluations in one iteration
 
 
 def check_epsilon(epsilon: float) -> None:
@@ -77,6 +83,16 @@ def maximize(
     if not uses_proposals(chosen):
         return chosen.maximize(fn, box, zero)
     return chosen.maximize(fn, box, zero, itertools.chain(proposals, [("zero", zero)], starts.random_starts(box, rng)))
+
+
+def expected_gradients(maximizer: Maximizer | str) -> Range:
+    """Of one inner maximisation; without an upper bound where the solver does not tell its budget."""
+    chosen = solver(maximizer)
+    if isinstance(chosen, LBFGSB):
+        return Range(1, chosen.max_iterations + 2, _LINE_SEARCH * chosen.max_iterations + 2)
+    budget = budget_of(chosen)
+    tells = hasattr(chosen, "max_gradients") and hasattr(getattr(chosen, "solver", chosen), "max_gradients")
+    return Range(1, budget, budget if tells else math.inf)
 
 
 def passed_over(count: int) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..batches import Batch, map_tensors, rows_of, tensors_of
 from ..deviations import DeviationSums
 from ..evaluation import Evaluator, WeightlessError, gradient_of
+from ..expected import ExpectedWork, Range
 from ..memory import is_out_of_memory
 from ..micro_batches import Part
 from ..noise_scale import NoiseScaleEstimate
@@ -77,6 +78,9 @@ class GradientNoiseScale:
 
     def expected_passes(self, objective: Objective) -> float:
         return 3.0 if self.inner_product else 2.0
+
+    def expected_work(self, objective: Objective) -> ExpectedWork:
+        return ExpectedWork(gradients=Range.exactly(3.0 if self.inner_product else 2.0))
 
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
         groups = _Groups(objective, self.micro_batch_size or 1)

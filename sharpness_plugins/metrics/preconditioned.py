@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import distributed
-from ..krylov_pass import KrylovNeed, KrylovPass
+from ..expected import ExpectedWork
+from ..krylov_pass import KrylovNeed, KrylovPass, expected_products, expected_trial, merged
+from ..lanczos import basis_of_use
 from ..objective import Objective
 from ..operators import Curvature
 from ..report import MetricResult
@@ -79,6 +81,12 @@ class PreconditionedTopK:
 
     def expected_passes(self, objective: Objective) -> float:
         return float(min(3 * self.k + 7, objective.dim))
+
+    def expected_work(self, objective: Objective) -> ExpectedWork:
+        needs = [self._need()]
+        vectors = basis_of_use(merged(needs, objective.dim), objective.dim)
+        products = expected_products(needs, objective.dim)
+        return ExpectedWork(gradients=expected_trial(objective), hvps=products, vectors=vectors)
 
     def _need(self) -> KrylovNeed:
         return KrylovNeed(Curvature("hessian", hvp=self.hvp), topk_request(self.k, self.tolerance, self.num_matvecs))

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from .. import reductions, sampling
+from .. import reductions, sampling, steps
+from ..errors import MeasurementStopped
+from ..expected import ExpectedWork
 from ..maximizers import Ascent, Maximizer, MultiStart
 from ..objective import Objective
 from ..regions import Box, Subspace
@@ -73,6 +76,9 @@ class RandomSubspace:
     def expected_passes(self, objective: Objective) -> float:
         return keskar.budget_of(self.maximizer) * self.draws
 
+    def expected_work(self, objective: Objective) -> ExpectedWork:
+        return ExpectedWork(gradients=keskar.expected_gradients(self.maximizer).times(self.draws))
+
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
         keskar.check_loss(objective.loss)
         dim = min(self.dim, objective.dim)
@@ -82,19 +88,26 @@ class RandomSubspace:
         at_bound: list[float] = []
         solved: list[dict[str, Any]] = []
         for draw in range(self.draws):
-            key = sampling.key_for(rng.initial_seed(), "columns", draw)
-            columns = SignSubspace(objective.space, dim, key, scale=scale)
-            box = Box.keskar(columns.coordinates(objective.origin), self.epsilon)
-            fn = Subspace(columns, box).within(objective.value_and_grad)
-            maximum = keskar.maximize(self.maximizer, fn, box, rng)
-            values.append(keskar.sharpness(maximum.value, objective.loss))
-            norms.append(columns.norm_of(maximum.perturbation))
-            at_bound.append(box.share_at_bound(maximum.perturbation))
-            solved.append(keskar.described(maximum, objective.loss))
-        error = statistics.stdev(values) / math.sqrt(self.draws) if self.draws > 1 else None
-        spread = "" if self.draws == 1 else f" from {min(values):.4g} to {max(values):.4g}"
+            scope = steps.child("draw")
+            try:
+                told = scope.run(lambda draw=draw: self._drawn(objective, dim, scale, draw, rng), generator=rng)  # type: ignore[misc]
+            except MeasurementStopped:
+                if not values:
+                    raise
+                break
+            if told["stopped"] and values:  # half a draw would pull the mean down
+                break
+            values.append(told["value"])
+            norms.append(told["norm"])
+            at_bound.append(told["at_bound"])
+            solved.append(told["solved"])
+            if told["stopped"]:
+                break
+        draws = len(values)
+        error = statistics.stdev(values) / math.sqrt(draws) if draws > 1 else None
+        spread = "" if draws == 1 else f" from {min(values):.4g} to {max(values):.4g}"
         message = (
-            f"mean over {self.draws} draw{'s' if self.draws > 1 else ''}{spread} of {dim} random columns "
+            f"mean over {draws} draw{'s' if draws > 1 else ''}{spread} of {dim} random columns "
             f"({self.column_scale}), each a lower bound; {100 * statistics.mean(at_bound):.0f} % of the coordinates at the "
             f"bound, the weights moved by {statistics.mean(norms):.3g}"
         )
@@ -104,11 +117,11 @@ class RandomSubspace:
         return MetricResult(
             value=statistics.mean(values),
             standard_error=error,
-            status=Status(Kind.ESTIMATE if self.draws > 1 else Kind.LOWER_BOUND, message),
+            status=Status(Kind.ESTIMATE if draws > 1 else Kind.LOWER_BOUND, message),
             details={
                 "epsilon": self.epsilon,
                 "dim": dim,
-                "draws": self.draws,
+                "draws": draws,
                 "column_scale": self.column_scale,
                 "entry_scale": scale,
                 "maximizer": repr(self.maximizer),
@@ -119,6 +132,24 @@ class RandomSubspace:
                 "solver": solved,
             },
         )
+
+    def _drawn(self, objective: Objective, dim: int, scale: float, draw: int, rng: torch.Generator) -> dict[str, Any]:
+        key = sampling.key_for(rng.initial_seed(), "columns", draw)
+        columns = SignSubspace(objective.space, dim, key, scale=scale)
+        box = Box.keskar(columns.coordinates(objective.origin), self.epsilon)
+        within = Subspace(columns, box).within(objective.value_and_grad)
+
+        def fn(y: Tensor) -> tuple[float, Tensor]:
+            return steps.step("in the subspace", lambda: within(y), about=y)  # a gradient of dim numbers
+
+        maximum = keskar.maximize(self.maximizer, fn, box, rng)
+        return {
+            "value": keskar.sharpness(maximum.value, objective.loss),
+            "norm": columns.norm_of(maximum.perturbation),
+            "at_bound": box.share_at_bound(maximum.perturbation),
+            "solved": keskar.described(maximum, objective.loss),
+            "stopped": maximum.stopped,
+        }
 
     def _scale(self, objective: Objective, dim: int) -> float:
         if self.column_scale == "unscaled":

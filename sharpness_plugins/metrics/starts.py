@@ -16,7 +16,7 @@ from ..maximizers import Parked, park, unpark
 from ..objective import Objective
 from ..regions import Box
 
-__all__ = ["eigenvector_starts", "random_starts", "sketch_size", "targeted_starts"]
+__all__ = ["eigenvector_request", "eigenvector_starts", "random_starts", "sketch_size", "targeted_starts"]
 
 Starts = Iterator[tuple[str, Tensor]]
 
@@ -39,6 +39,11 @@ def random_starts(box: Box, rng: torch.Generator) -> Starts:
             yield "random vertex", box.ascent_vertex(sampling.uniform(dim, rng, box.anchor))
 
 
+def eigenvector_request(count: int, dim: int) -> LanczosRequest:
+    """What finds leading eigenvectors well enough to start from."""
+    return LanczosRequest(k=min(count, dim), tolerance=0.1, num_matvecs=20 + 8 * count, keep_basis=True)
+
+
 def eigenvector_starts(objective: Objective, box: Box, rng: torch.Generator, count: int) -> Starts:
     """The vertices nearest in direction to the ``count`` leading eigenvectors of the Hessian, both ways.
 
@@ -46,9 +51,10 @@ def eigenvector_starts(objective: Objective, box: Box, rng: torch.Generator, cou
     """
     if count < 1:
         return
-    request = LanczosRequest(k=min(count, objective.dim), tolerance=0.1, num_matvecs=20 + 8 * count, keep_basis=True)
+    request = eigenvector_request(count, objective.dim)
     with objective.session():
-        run = lanczos(objective.hvp, sampling.normal(objective.dim, rng, objective.origin), request, generator=rng)
+        start = sampling.normal(objective.dim, rng, objective.origin)
+        run = lanczos(objective.hvp, start, request, generator=rng, memory=objective.memory)
     vectors = run.vectors
     assert vectors is not None
     for position, vector in enumerate(vectors):

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from ..krylov_pass import KrylovNeed, KrylovPass, measure_alone
+from ..expected import NOTHING, ExpectedWork, Range
+from ..krylov_pass import KrylovNeed, KrylovPass, expected_trial, measure_alone, probes_beside
 from ..objective import Objective
 from ..operators import Curvature, Operator
 from ..report import Kind, MetricResult, Status
@@ -22,7 +23,6 @@ __all__ = ["TRACE_METHODS", "FisherTrace", "GaussNewtonTrace", "HessianFrobenius
 TRACE_METHODS = ("deflated", "hutchinson", "hutch++", "xtrace")
 LABELS = ("model", "empirical")
 
-_FEWEST_PROBES = 4
 _FEWEST_PRODUCTS = 6
 
 
@@ -50,11 +50,23 @@ class _TraceMetric(ABC):
     def invariances(self) -> frozenset[str]:
         return of_curvature(self.adaptive)
 
+    def expected_work(self, objective: Objective) -> ExpectedWork:
+        """Of the methods that read no run."""
+        least = self.num_matvecs if self.method == "hutchinson" else min(self.num_matvecs, objective.dim) // 3
+        spans = {"hutch++": self.num_matvecs // 3, "xtrace": self.num_matvecs // 2}
+        products = Range(least, self.num_matvecs, self.num_matvecs)
+        trial = expected_trial(objective) if self._curvature().matrix == "hessian" else NOTHING
+        return ExpectedWork(gradients=trial, hvps=products, vectors=spans.get(self.method, 0))
+
     def krylov_need(self) -> KrylovNeed | None:
-        return KrylovNeed(self._curvature(), num_steps=self.num_matvecs // 2) if self.method == "deflated" else None
+        return (
+            KrylovNeed(self._curvature(), num_steps=self.num_matvecs // 2, num_products=self.num_matvecs)
+            if self.method == "deflated"
+            else None
+        )
 
     def from_krylov(self, shared: KrylovPass) -> MetricResult:
-        count = num_probes(shared, self.num_matvecs)
+        count = probes_beside(shared.run.num_matvecs, self.num_matvecs)
         with shared.operator.session():
             estimate = shared.probes.trace(count)
             layers = shared.probes.traces_of_blocks(count)
@@ -72,7 +84,7 @@ class _TraceMetric(ABC):
                 estimate, layers = probes.trace(self.num_matvecs), probes.traces_of_blocks(self.num_matvecs)
             else:
                 run = {"hutch++": hutch_pp, "xtrace": xtrace}[self.method]
-                estimate = run(operator.matvec, operator.like, self.num_matvecs, rng)
+                estimate = run(operator.matvec, operator.like, self.num_matvecs, rng, memory=operator.memory)
         low, high = estimate.interval()
         said = f"{self.method} with {self.num_matvecs} products, {operator.how()}; 95 % interval [{low:.4g}, {high:.4g}]"
         return _result(operator, estimate, layers, said, {"num_matvecs": self.num_matvecs, "hvp_mode": operator.how()})
@@ -182,10 +194,10 @@ class HessianFrobenius:
         return Curvature("hessian", self.select, self.adaptive, self.hvp)
 
     def krylov_need(self) -> KrylovNeed | None:
-        return KrylovNeed(self._curvature(), num_steps=self.num_matvecs // 2)
+        return KrylovNeed(self._curvature(), num_steps=self.num_matvecs // 2, num_products=self.num_matvecs)
 
     def from_krylov(self, shared: KrylovPass) -> MetricResult:
-        count = num_probes(shared, self.num_matvecs)
+        count = probes_beside(shared.run.num_matvecs, self.num_matvecs)
         with shared.operator.session():
             square = shared.probes.squared_norm(count)
         value = math.sqrt(square.value)
@@ -209,14 +221,6 @@ def check_settings(num_matvecs: int, method: str) -> None:
         raise ValueError(f"method must be one of {TRACE_METHODS}, got {method!r}")
     if num_matvecs < _FEWEST_PRODUCTS:
         raise ValueError(f"num_matvecs must be at least {_FEWEST_PRODUCTS}, got {num_matvecs}")
-
-
-def num_probes(shared: KrylovPass, num_matvecs: int) -> int:
-    """What the run has left of the budget; a tenth of the run where it has left nothing, so that all together cost 1.1 times
-    the dearest, and at least four for the sake of the standard error.
-    """
-    used = shared.run.num_matvecs
-    return max(num_matvecs - used, used // 10, _FEWEST_PROBES)
 
 
 def _result(

@@ -21,6 +21,7 @@ class OptimizerAround(Optimizer):
     """
 
     _left_out: tuple[str, ...] = ()
+    _group_keys: tuple[str, ...] = ()  # that it adds to groups
 
     def __init__(self, base: Optimizer) -> None:
         self.base = base
@@ -74,7 +75,8 @@ class OptimizerAround(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state of ``base``, and under ``"sharpness_aware"`` what is added to it; loads with ``weights_only=True``.
 
-        ``base`` alone loads it, too. Of functions of the step it holds the current values only.
+        ``base`` alone loads it, too. Of functions of the step it holds the current values only; of sharded parameters, what
+        this rank has.
         """
         for hook in list(self._optimizer_state_dict_pre_hooks.values()):
             hook(self)
@@ -95,7 +97,11 @@ class OptimizerAround(Optimizer):
         own = given.pop(KEY, None)
         if own is not None:
             self._check_own_state(own)
+        added = [{key: group[key] for key in self._group_keys} for group in self.param_groups]
         self.base.load_state_dict(given)
+        for group, keys in zip(self.param_groups, added, strict=True):
+            for key, value in keys.items():
+                group.setdefault(key, value)
         self._load_own_state(own)
         for post in list(self._optimizer_load_state_dict_post_hooks.values()):
             post(self)

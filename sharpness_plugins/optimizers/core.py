@@ -24,6 +24,7 @@ from .tensors import Sums, local
 __all__ = ["SharpnessAware"]
 
 VERSION = 1
+_ONE = torch.ones((), dtype=torch.float64)
 FORMS = """\
     optimizer.step(closure)                # closure: loss = loss_fn(model, batch); loss.backward(); return loss
 or
@@ -66,6 +67,8 @@ class SharpnessAware(OptimizerAround):
         for ascent in sharp.ascents(scale=scale_of_the_gradients, evaluated=True):   # in the hook before each step
             with ascent:
                 replay_the_passes_of_this_step()
+        if not sharp.is_finite():                                                    # under a GradScaler
+            sharp.give_up()                                                          # and clear .grad, say
 
     What the rule remembers, and the counters, move on when ``base`` has stepped, and stay where a ``GradScaler`` left the
     step out. ``sharp.next_ascents`` says before a step whether its passes need to be kept for a replay at all.
@@ -99,13 +102,15 @@ class SharpnessAware(OptimizerAround):
         num_steps: steps taken.
         num_skipped: steps left out because a gradient was not finite.
         surrogate_gap: see there.
-    Memory: a copy of the weights, from the first ascent on; what the rule remembers; where it mixes gradients, the first one.
+    Memory: a copy of the weights, from the first ascent on; what the rule remembers; where it mixes gradients, the first
+        one. What ``.grad`` holds before ``step(closure)`` comes back if the closure fails, so it takes space until then.
     Cost: ``gradients_per_step`` forward and backward passes; 28 bytes per parameter and ascent in float32, and 4 to see that
         the gradient is finite, for which the step waits once for the device.
     Raises:
         TypeError, ValueError: settings that do not fit together.
     """
 
+    _group_keys = ("rho", "rho_is_own")
     _left_out = ("_modules", "_pending", "_rewind", "_room", "_scaler", "_group")
 
     def __init__(
@@ -228,7 +233,7 @@ class SharpnessAware(OptimizerAround):
 
     @property
     def gradient_norm(self) -> float | None:
-        """Norm of the gradient that the last ascent followed, scaled as that was; None before the first."""
+        """Norm of the gradient that the last step's first ascent followed, scaled as that was; None before the first."""
         return None if self._norm is None else float(self._norm)
 
     # --- a step
@@ -269,7 +274,7 @@ class SharpnessAware(OptimizerAround):
         if closure is not None and self._scaler is not None and self._scaler.is_enabled():
             self._scaler.step(_Unscaled(self.base))
             self.num_skipped += self._pending is not None and self.num_skipped == skipped
-        elif self._is_finite():
+        elif self.is_finite():
             self.base.step()
         else:
             self.num_skipped += 1
@@ -296,6 +301,8 @@ class SharpnessAware(OptimizerAround):
             for parameter in parameters:
                 parameter.grad = None
             making = self._begin(None)
+            making.returns = False
+            self._is_evaluating = True
             loss = self._evaluate(making, parts)
             self._finish(making)
         except BaseException:
@@ -303,6 +310,8 @@ class SharpnessAware(OptimizerAround):
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
             raise
+        finally:
+            self._is_evaluating = False
         return loss
 
     @contextmanager
@@ -330,7 +339,8 @@ class SharpnessAware(OptimizerAround):
     def ascents(self, *, scale: Tensor | float | None = None, evaluated: bool | None = None) -> Iterator[Uphill]:
         """The contexts in which this step's further gradients are made; the first one is in ``.grad``. None in some steps.
 
-        After the loop has ended, ``.grad`` is what ``base`` steps with.
+        After the loop has ended, ``.grad`` is what ``base`` steps with. Each pass evaluates all micro-batches of the step,
+        and leaves its gradients scaled as the first one's are: ``scaler.unscale_`` and clipping come after the loop.
 
         Args:
             scale: what the losses of this step are multiplied with; None for what the ``scaler`` says, or 1.
@@ -357,6 +367,17 @@ class SharpnessAware(OptimizerAround):
             if not uphill.was_left:
                 raise RuntimeError("an ascent was not entered. Write: for ascent in optimizer.ascents(): with ascent: ...")
         self._finish(making)
+
+    def is_finite(self) -> bool:
+        """Whether all of ``.grad`` is finite, on all ranks that share the parameters out. Waits for the device."""
+        parameters = [parameter for parameter in self._parameters() if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+        return Sums([parameter.detach() for parameter in parameters], self._group).are_finite(dense)
+
+    def give_up(self) -> None:
+        """The step in the making is none: a step of ``base`` now is not counted, and what the rule remembers stays."""
+        self._pending = None
 
     def remember_rng(self) -> None:
         """Passes after the first one draw the random numbers that are drawn from here on; see ``replay_rng``."""
@@ -387,11 +408,8 @@ class SharpnessAware(OptimizerAround):
 
     def _begin(self, scale: Tensor | float | None) -> Making:
         self._pending = None
-        if scale is None:
-            scale = 1.0 if self._scaler is None or self.rule.is_linear else self._scaler.get_scale()
         parameters = self._parameters()
         radii = self._radii()
-        device = local(parameters[0]).device if parameters else torch.device("cpu")
         if self.perturb == "local" and self._are_sharded:
             raise ValueError(
                 'perturb="local" needs the gradient of one rank, and parameters that are sharded have the mean over all '
@@ -404,10 +422,10 @@ class SharpnessAware(OptimizerAround):
             radii=[radii[parameter] for parameter in parameters],
             index=self.num_steps // self.interval,
             state={name: dict(tensors) for name, tensors in self._state.items()},
-            scale=torch.as_tensor(scale, dtype=torch.float64, device=device),
+            scale=self._scale(scale),
             momentum=self._momentum,
             noise=self._noise,
-            undo=lambda: buffers_of(self._modules.holding(parameters)),
+            undo=lambda: buffers_of(self._modules.roots(parameters)),
             rewind=None,
             group=self._group,
             is_local=bool(distributed.world_size() > 1 and (self.perturb == "local" or (self.m and replicated))),
@@ -417,13 +435,19 @@ class SharpnessAware(OptimizerAround):
 
     def _finish(self, making: Making) -> None:
         making.finish(plain=self.num_steps % self.interval != 0)
-        if making.norm is not None:
-            self._norm = making.norm
+        if making.norms:
+            self._norm = making.norms[0]
             self._gap = making.surrogate_gap
         self._pending = making
 
     def _evaluate(self, making: Making, parts: list[list[Closure]]) -> Any:
         """All passes of a step; the gradients of the last ascents add up in ``.grad``."""
+        if self.perturb == "local" and distributed.world_size() > 1 and not self._replicated:
+            raise ValueError(
+                'perturb="local" evaluates closures without an exchange of gradients first, and no module with no_sync() '
+                "was found to do so. Pass model= the DistributedDataParallel, or write the passes by hand: "
+                "with optimizer.perturbed(): ..."
+            )
         count, first, second = self.next_ascents, [], []
         exchanges = self._are_sharded or not self._is_local  # sharded parameters have no gradient before
         for number, part in enumerate(parts, 1):
@@ -453,15 +477,32 @@ class SharpnessAware(OptimizerAround):
     def _pass(self, closures: Sequence[Closure], *, exchanges: bool) -> list[Any]:
         """Evaluate them; ranks exchange gradients in the last one's backward pass, or not at all."""
         losses = []
-        modules = self._modules.holding(self._parameters())
+        modules = self._modules.exchanging(self._parameters())
         for number, closure in enumerate(closures, 1):
             with ExitStack() as stack:
                 for module in modules:
                     stack.enter_context(synchronized(module, exchanges and number == len(closures)))
                 stack.enter_context(torch.enable_grad())
+                before = self._accumulated()
                 loss = closure()
+                self._check_accumulated(before)
             losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         return losses
+
+    def _accumulated(self) -> list[tuple[Tensor, Tensor]]:
+        """Gradients that a further one is added to, in place. Ranks that exchange them put others in their place."""
+        if distributed.world_size() > 1:
+            return []
+        return [(p, p.grad) for p in self._parameters() if p.grad is not None and p.grad.layout is torch.strided]
+
+    def _check_accumulated(self, before: list[tuple[Tensor, Tensor]]) -> None:
+        # backward(create_graph=True) puts sums in their place, which require gradients
+        now = ((parameter.grad, gradient) for parameter, gradient in before)
+        if any(found is None or (found is not gradient and not found.requires_grad) for found, gradient in now):
+            raise RuntimeError(
+                "a closure cleared the gradients of those before it, which add up. Leave out model.zero_grad(): step() "
+                "evaluates each closure with the gradients that it should have"
+            )
 
     def _base_stepped(self) -> None:
         making, self._pending = self._pending, None
@@ -480,20 +521,13 @@ class SharpnessAware(OptimizerAround):
                         if parameter in making.decoupled:
                             local(parameter).sub_(making.decoupled[parameter] * group["lr"])
 
-    def _is_finite(self) -> bool:
-        parameters = [parameter for parameter in self._parameters() if parameter.grad is not None]
-        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
-        return Sums([parameter.detach() for parameter in parameters], self._group).are_finite(dense)
-
     @property
     def _is_local(self) -> bool:
         return self.perturb == "local" or self.m is not None
 
     @property
     def _replicated(self) -> list[nn.Module]:
-        """Modules whose gradients are averaged over ranks, and which can be told not to."""
-        return [module for module in self._modules.holding(self._parameters()) if hasattr(module, "no_sync")]
+        return [module for module in self._modules.exchanging(self._parameters()) if hasattr(module, "no_sync")]
 
     @property
     def _are_sharded(self) -> bool:
@@ -511,6 +545,16 @@ class SharpnessAware(OptimizerAround):
             value = radius(group["rho"], self.num_steps, group)
             found.update(dict.fromkeys(group["params"], value))
         return found
+
+    def _scale(self, scale: Tensor | float | None) -> Tensor:
+        if self.rule.is_linear:  # it does not look
+            return _ONE
+        if scale is None:
+            scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
+        device = next(iter(self._devices()), torch.device("cpu"))
+        if isinstance(scale, Tensor):
+            return scale.detach().to(device, torch.float64)
+        return torch.full((), scale, dtype=torch.float64, device=device)
 
     def _momentum(self, parameter: Tensor) -> Tensor | None:
         state = self.base.state.get(parameter, {})
@@ -549,6 +593,8 @@ def _check(base: Optimizer, rule: Rule, m: int | None, interval: int, perturb: s
         raise TypeError(f"base is an optimizer, built as without sharpness: SGD(model.parameters(), ...); got {base!r}")
     if isinstance(base, (SharpnessAware, torch.optim.LBFGS)):
         raise TypeError(f"base must be a first-order optimizer that steps without a closure, got {type(base).__name__}")
+    if any(group.get("maximize") for group in base.param_groups):
+        raise ValueError("base has maximize=True, and uphill is where a loss grows: minimize the negative of it instead")
     if not isinstance(rule, Rule):
         raise TypeError(f"rule is an instance such as SAM(); got {rule!r}")
     if m is not None and not (isinstance(m, int) and m >= 1):

@@ -44,17 +44,20 @@ class Making:
 
     Attributes:
         parameters: all that require gradients, each once.
+        norms: of the ascents so far, and of what is subtracted past the base optimizer; where one is not finite, ``.grad``
+            is made to say so.
         radii: ρ of each.
         state: of the rule, a copy that becomes the rule's when the step is taken.
         undo: makes a function that puts back what a pass changes beside gradients; called before each pass but the first.
         rewind: puts random states back to where the first pass began, before each further one.
         group: process group of ranks that hold different parameters.
-        room: copies of the weights, by parameter; it outlives the step. Memory that is new in each step would take more time on a
-            CPU than all else that an ascent does (33 ms of 58 for 25 million weights, in page faults), and it is needed when
-            memory is scarcest, during the second pass.
+        room: copies of the weights, by parameter; it outlives the step. Memory that is new in each step would take more time
+            on a CPU than all else that an ascent does (33 ms of 58 for 25 million weights, in page faults), and it is needed
+            when memory is scarcest, during the second pass.
         is_local: first gradients differ between ranks that take the same step.
         replicas: process group of those; None for all.
         evaluated: whether a pass over the data came before the first ascent.
+        returns: whether an exception in an ascent puts the gradients back that it began with.
     """
 
     rule: Rule
@@ -72,10 +75,10 @@ class Making:
     room: dict[Tensor, Tensor] = field(default_factory=dict)
     replicas: Any = None
     evaluated: bool = True
+    returns: bool = True
     first: dict[Tensor, Tensor] = field(default_factory=dict)
     points: dict[Tensor, Tensor] = field(default_factory=dict)
-    norm: Tensor | None = None
-    overflowed: Tensor | None = None
+    norms: list[Tensor] = field(default_factory=list)
     decoupled: dict[Tensor, Tensor] = field(default_factory=dict)
     surrogate_gap: Any = None
 
@@ -139,15 +142,18 @@ class Making:
         with torch.no_grad():
             if self.combines and not plain:
                 self._combine(second)
-            if self.overflowed is not None:
+            if self.norms:
+                lost = (
+                    self.norms[0] if len(self.norms) == 1 else torch.stack([n.to(self.norms[0]) for n in self.norms]).sum()
+                )
                 if self.is_local:
-                    self.overflowed = distributed.sum_over_ranks(self.overflowed.double(), self.replicas) > 0
-                poison([local(p.grad) for p in self.parameters if p.grad is not None], self.overflowed)
+                    lost = distributed.sum_over_ranks(lost, self.replicas)
+                poison([local(p.grad) for p in self.parameters if p.grad is not None], lost)
         self.first.clear()
         self.points.clear()
 
     def _combine(self, second: dict[Tensor, Tensor]) -> None:
-        ascended = self.norm is not None
+        ascended = bool(self.norms)
         first: Gradients = self.first if ascended else second
         if self.is_local and ascended and self.rule.needs_gradient:  # the second ones are means already
             own = [_or_zeros(first, parameter) for parameter in self.parameters]
@@ -160,12 +166,13 @@ class Making:
         self.keep(step, before, both)
         if isinstance(made, Descent):
             self.decoupled = dict(zip(both, made.decoupled, strict=True))
-            lost = ~torch.isfinite(step.norm(made.decoupled))  # out of sight of who looks at .grad
-            self.overflowed = lost if self.overflowed is None else self.overflowed | lost.to(self.overflowed.device)
+            self.norms.append(step.norm(made.decoupled))  # out of sight of who looks at .grad
             made = made.gradients
         for parameter, gradient in zip(both, made, strict=True):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad.is_conj():
+                parameter.grad = parameter.grad.resolve_conj()
             target = local(parameter.grad)
             if second.get(parameter) is not gradient:
                 target.copy_(gradient)
@@ -207,16 +214,18 @@ class Uphill:
     @torch.no_grad()
     def __enter__(self) -> Ascent:
         making = self._making
-        self._before = [parameter.grad for parameter in making.parameters]
+        self._before = [parameter.grad for parameter in making.parameters] if making.returns else []
         self._undo = making.undo() if making.evaluated else _nothing
-        norm = self._climb()
-        overflowed = ~torch.isfinite(norm)
-        making.norm = norm
-        making.overflowed = overflowed if making.overflowed is None else making.overflowed | overflowed.to(norm.device)
-        for parameter in making.parameters:
-            parameter.grad = self._into.get(parameter)
-        if making.rewind is not None:
-            making.rewind()
+        try:
+            norm = self._climb()
+            making.norms.append(norm.to(local(making.parameters[0]).device) if making.parameters else norm)
+            for parameter in making.parameters:
+                parameter.grad = self._into.get(parameter)
+            if making.rewind is not None:
+                making.rewind()
+        except BaseException:  # __exit__ will not be called
+            self._go_back(restores_gradients=making.returns)
+            raise
         making.evaluated = True
         return Ascent(norm)
 
@@ -224,13 +233,19 @@ class Uphill:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         making = self._making
-        goes_on = kind is None and self._number + 1 < making.rule.ascents
-        making.points = {parameter: local(parameter).clone() for parameter in self._backups} if goes_on else {}
-        surely(self._restore)
-        if kind is not None:
-            for parameter, gradient in zip(making.parameters, self._before, strict=True):
-                parameter.grad = gradient
+        making.points = {}
+        try:
+            if kind is None and self._number + 1 < making.rule.ascents:
+                making.points = {parameter: local(parameter).clone() for parameter in self._backups}
+        finally:
+            self._go_back(restores_gradients=kind is not None and making.returns)
         self.was_left = kind is None
+
+    def _go_back(self, *, restores_gradients: bool) -> None:
+        surely(self._restore)
+        if restores_gradients:
+            for parameter, gradient in zip(self._making.parameters, self._before, strict=True):
+                parameter.grad = gradient
         self._before, self._backups = [], {}
 
     @torch.no_grad()
@@ -252,7 +267,10 @@ class Uphill:
         if self._number == 0 and making.combines:
             for parameter, gradient in zip(parameters, gradients, strict=False):
                 known = making.first.get(parameter)
-                making.first[parameter] = gradient if known is None else known + gradient
+                if known is None:  # DistributedDataParallel may keep gradients in memory that the next ones are written to
+                    making.first[parameter] = gradient.clone() if distributed.world_size() > 1 else gradient
+                else:
+                    making.first[parameter] = known + gradient
         before = dict(step.state)
         shape, direction = rule.metric(step), rule.direction(step)
         making.keep(step, before, parameters)
@@ -279,16 +297,12 @@ class Uphill:
         if isinstance(shape, (int, float)):
             shape = [weight.abs() + shape for weight in step.weights]
         self._backups = origins
-        try:
-            for parameter, point in making.points.items():
-                local(parameter).copy_(point)
-            scratch = [torch.empty_like(weight) for weight in step.weights]
-            norm = climb(step.weights, direction, scratch, shape, radii, making.sums(parameters))
-            if rule.stride * rule.ascents > 1 + 1e-9:
-                self._project(moved, {} if shape is None else dict(zip(parameters, shape, strict=True)))
-        except BaseException:
-            surely(lambda: sam.restore_([local(parameter) for parameter in origins], list(origins.values())))
-            raise
+        for parameter, point in making.points.items():
+            local(parameter).copy_(point)
+        scratch = [torch.empty_like(weight) for weight in step.weights]
+        norm = climb(step.weights, direction, scratch, shape, radii, making.sums(parameters))
+        if rule.stride * rule.ascents > 1 + 1e-9:
+            self._project(moved, {} if shape is None else dict(zip(parameters, shape, strict=True)))
         return norm
 
     def _project(self, moved: list[Tensor], shape: Gradients) -> None:

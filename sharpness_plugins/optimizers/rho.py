@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 __all__ = ["ProportionalToLearningRate", "Rho", "radius"]
 
@@ -32,7 +32,7 @@ class ProportionalToLearningRate:
         return max(0.0, self.low + (self.high - self.low) * share)
 
 
-Rho = float | Callable[[int], float] | ProportionalToLearningRate
+Rho: TypeAlias = "float | Callable[[int], float] | ProportionalToLearningRate"
 
 
 def radius(rho: Rho, step: int, group: dict[str, Any]) -> float:

@@ -15,9 +15,9 @@ __all__ = ["Sums", "check_movable", "local", "poison"]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it, as real numbers, detached and in the same memory."""
+    """What this rank holds of it, as real numbers, detached and, but for a lazy conjugate, in the same memory."""
     held = distributed.local_part(tensor.detach())
-    return torch.view_as_real(held) if held.is_complex() else held
+    return torch.view_as_real(held.resolve_conj()) if held.is_complex() else held
 
 
 class Sums:
@@ -117,9 +117,9 @@ def _rounding(weights: Sequence[Tensor], gradients: Sequence[Tensor], rho: float
     return (inner / lengths if lengths > 0 else 0.0), stuck
 
 
-def poison(tensors: Sequence[Tensor], where: Tensor) -> None:
-    """Put a NaN into the smallest tensor if ``where`` holds, without asking whether it does."""
+def poison(tensors: Sequence[Tensor], norm: Tensor) -> None:
+    """Fill the smallest tensor with NaN if the norm is not finite, without asking whether it is."""
     filled = [tensor for tensor in tensors if tensor.numel()]
     if filled:
         smallest = min(filled, key=Tensor.numel)
-        smallest.copy_(torch.where(where.to(smallest.device), torch.nan, smallest))
+        smallest.add_((norm * 0).to(smallest.device))

@@ -28,6 +28,7 @@ from .core import ConformanceReport, NotApplicable, Suite, Verdict, Violation, f
 from .footprints import no_change
 from .invariances import holds
 from .problems import Problem
+from .ranks import measured_on_ranks
 from .records import bad_values, changed, check_json
 
 __all__ = ["check_metric"]
@@ -40,6 +41,7 @@ def check_metric(
     *,
     for_model: Callable[[nn.Module], Metric] | None = None,
     tolerance: float = 1e-6,
+    ranks: int = 1,
     skip: Mapping[str, str] | None = None,
 ) -> ConformanceReport:
     """Check that a metric does what users of ``measure_sharpness`` rely on; one line in a test of its own::
@@ -59,6 +61,8 @@ def check_metric(
     - ``deterministic``: same seed, same number; ``memoryless``: also after another measurement in between;
       ``global_random_state``, ``other_metrics``: whatever the global seeds are, and what was measured before.
     - ``batching``: ragged, reordered and streamed batches of the same samples change nothing beyond ``tolerance``.
+    - ``ranks``: so many processes with a part of the data each report the same, and the number of one process; tried where
+      ``ranks`` is above 1, which takes some seconds.
     - ``invariances``: declared; and each of ``specs.INVARIANCES`` by its name: holds where claimed, and nowhere else.
     - ``edge_cases``: a zero gradient, one parameter, one sample, frozen layers, float32, no curvature give a finite number,
       or a ``ValueError`` or failed result that says why there is none.
@@ -69,6 +73,7 @@ def check_metric(
         metric: an instance, a class without required settings, or a registered name.
         for_model: makes the metric for a model, in place of ``metric``, where it holds something of that model.
         tolerance: largest relative difference between numbers that must be the same up to rounding.
+        ranks: processes to try it on.
         skip: names of checks that shall not count, each with the reason.
     Returns:
         what was checked, what did not apply and why; ``print`` it.
@@ -77,7 +82,7 @@ def check_metric(
     """
     if (metric is None) == (for_model is None):
         raise TypeError("give either a metric or for_model, a function that makes it for a model")
-    return _MetricSuite(metric, for_model, tolerance, skip or {}).run()
+    return _MetricSuite(metric, for_model, tolerance, ranks, skip or {}).run()
 
 
 Check = Callable[[], "str | None"]
@@ -89,11 +94,12 @@ class _MetricSuite:
         metric: Any,
         for_model: Callable[[nn.Module], Metric] | None,
         tolerance: float,
+        ranks: int,
         skip: Mapping[str, str],
     ) -> None:
         given = metric if for_model is None else for_model(problems.classifier().model)
         (self._metric,) = resolve_metrics(given).values()
-        self._for_model, self._tolerance = for_model, tolerance
+        self._for_model, self._tolerance, self._num_ranks = for_model, tolerance, ranks
         self._name = metric_name(self._metric)
         if "result" in skip:
             raise ValueError("the result cannot be left out: all other checks are of it")
@@ -121,6 +127,7 @@ class _MetricSuite:
         self._compare("global_random_state", self._global_random_state, "it depends on global random numbers")
         check("other_metrics", self._unless_incomparable(self._other_metrics))
         check("batching", self._unless_incomparable(self._batching))
+        check("ranks", self._unless_incomparable(self._ranks))
         check("invariances", self._unless_incomparable(self._declared))
         claims = self._claims()
         for name in INVARIANCES:
@@ -322,6 +329,20 @@ class _MetricSuite:
         for problem in problems.rebatched(problems.classifier()):
             self._close(self._measure(problem), f"with {problem.name}")
 
+    def _ranks(self) -> str:
+        if self._num_ranks < 2:
+            raise NotApplicable("ranks=2 tries it on two processes")
+        if self._for_model is not None:
+            raise NotApplicable("for_model makes it for a model, and every process has one of its own")
+        results = [report["it"] for report in measured_on_ranks(self._metric, self._num_ranks)]
+        for rank, result in enumerate(results):
+            if result.status.kind is Kind.FAILED:
+                raise Violation(f"it fails on {self._num_ranks} processes: {result.status.message}")
+            if repr(result.value) != repr(results[0].value):
+                raise Violation(f"it is {results[0].value!r} on rank 0 and {result.value!r} on rank {rank}")
+        self._close(results[0], f"on {self._num_ranks} processes")
+        return f"{results[0].value:.6g} on {self._num_ranks} processes"
+
     def _same(self, other: MetricResult, when: str) -> None:
         base = self._result_of_base
         mine, its = (base.value, base.standard_error), (other.value, other.standard_error)
@@ -434,7 +455,9 @@ class _MetricSuite:
         problem = problems.classifier()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            report = measure_sharpness(problem.model, problem.loader, {"it": self._fresh(problem.model)}, progress=False)
+            report = measure_sharpness(
+                problem.model, problem.loader, {"it": self._fresh(problem.model)}, progress=False, on_interrupt="raise"
+            )
         if report["it"].cost is None:
             raise Violation("no cost is told of it")
         again = SharpnessReport.from_json(report.to_json())

@@ -1,0 +1,276 @@
+"""The steps of a measurement, which a state file keeps, so that a resumed measurement takes only those that are left.
+
+A measurement is one deterministic function of its evaluations. So to resume it, it runs again from the start, and every
+step that was kept is answered from the file: every metric, a third party's too, comes to the same number, bit for bit. What
+was not kept is computed again, to the same answer; that is why steps may be left out where keeping them would take too long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import stopping
+from .errors import MeasurementWarning
+from .state_file import StateFile, bytes_of, digest
+
+__all__ = ["Recorder", "Scope", "child", "evaluation", "root_child", "step", "stoppable"]
+
+T = TypeVar("T")
+P = ParamSpec("P")
+S = TypeVar("S")
+
+_SHARE = 0.05  # of the time of the evaluations: what keeping them may take
+_ALLOWANCE = 1.0  # seconds, beside that
+_MOST_VECTORS = 32
+_SMALL = 2**16  # bytes; always kept
+_FIRST_RATE = 2e8  # bytes a second, until the first write
+_FLUSH_EVERY = 30.0  # seconds
+
+_CURRENT: ContextVar[Scope | None] = ContextVar("scope", default=None)
+
+
+class Recorder:
+    """Keeps steps in a file, at a bounded cost: 5 % of the time of the evaluations and a second, and 32 vectors.
+
+    Args:
+        file: where to.
+        work: tells the state of what counts the work, as a tree; ``set_work`` puts it back.
+        like: a vector of the shape and dtype of the perturbations, on their device.
+    """
+
+    def __init__(self, file: StateFile, *, work: Callable[[], Any], set_work: Callable[[Any], None], like: Tensor) -> None:
+        self._file: StateFile | None = file
+        self._work, self._set_work = work, set_work
+        self._device = like.device
+        self._limit = _MOST_VECTORS * like.numel() * like.element_size() + 16 * _SMALL
+        self._computed = self._spent = 0.0
+        self._allowance = _ALLOWANCE
+        self._written = 0
+        self._flushed = time.monotonic()
+        self.num_recalled = 0
+
+    def root(self, name: str) -> Scope:
+        return Scope(self, name)
+
+    def close(self) -> None:
+        """Keep what is live."""
+        with self._bearing_a_full_disk():
+            if self._file is not None:
+                self._file.compact()
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def recall(self, key: str, kind: str, about: int | None = None) -> tuple[bool, Any]:
+        """Whether there is such a step, and its answer."""
+        if self._file is None or key not in self._file:
+            return False, None
+        if self._file.label(key)[:2] != [kind, about]:
+            # another path than the one that was kept: what lies on it is of no use
+            path = self._file.path
+            with self._bearing_a_full_disk():
+                self._file.drop(key.split("/")[0] + "/")
+            warnings.warn(
+                f"the evaluations are others than those in the state file {path} (another processor, number of "
+                "threads or version of a plugin?), so what it had of the metric in hand is computed again",
+                MeasurementWarning,
+                stacklevel=2,
+            )
+            return False, None
+        with self._timed():
+            answer = _to(self._file.read(key), self._device)
+        self._set_work(self._file.label(key)[2])
+        self.num_recalled += 1
+        return True, answer
+
+    def keep(
+        self, key: str, kind: str, answer: Any, about: int | None = None, *, must: bool = False, drop: Sequence[str] = ()
+    ) -> None:
+        """Write an answer, if that can be afforded; ``must`` for what is small or replaces more than it adds."""
+        if self._file is None or stopping.is_stopped():  # then it is not the whole answer
+            return
+        with self._bearing_a_full_disk(), contextlib.suppress(TypeError):  # a third party's details, say, go into no file
+            size = bytes_of(answer)
+            if not must and size > _SMALL and not self._affords(size):
+                return
+            self._file.write(key, answer, [kind, about, self._work()], drop=drop)
+            self._written += size
+            if time.monotonic() - self._flushed > _FLUSH_EVERY:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    def digest(self, about: Any) -> int:
+        with self._timed():
+            return digest(about)
+
+    def computed(self, seconds: float) -> None:
+        self._computed += seconds
+
+    def _affords(self, size: int) -> bool:
+        rate = self._written / self._spent if self._written > 10 * _SMALL else _FIRST_RATE
+        fits = self._file is not None and self._file.live_bytes + size <= self._limit
+        return fits and self._spent + size / rate <= _SHARE * self._computed + self._allowance
+
+    @contextlib.contextmanager
+    def _bearing_a_full_disk(self) -> Iterator[None]:
+        """Timed; where the file cannot be written, nothing is kept any more, and the measurement goes on."""
+        try:
+            with self._timed():
+                yield
+        except OSError as error:
+            if self._file is None:
+                return
+            warnings.warn(
+                f"the state file {self._file.path} cannot be written ({error}), so from here on this measurement cannot be "
+                "resumed; it goes on",
+                MeasurementWarning,
+                stacklevel=4,
+            )
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent += time.perf_counter() - began
+
+
+class Scope:
+    """Steps in their order; their keys begin with its path. Enter it again, and the order goes on."""
+
+    def __init__(self, recorder: Recorder | None, path: str) -> None:
+        self._recorder, self.path, self._count = recorder, path, 0
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[Scope]:
+        token = _CURRENT.set(self if self._recorder is not None else _CURRENT.get())
+        try:
+            yield self
+        finally:
+            _CURRENT.reset(token)
+
+    def child(self, name: str) -> Scope:
+        self._count += 1
+        return Scope(self._recorder, f"{self.path}/{self._count}:{name}")
+
+    def step(self, kind: str, compute: Callable[[], T], about: Any) -> T:
+        recorder = self._recorder
+        assert recorder is not None
+        self._count += 1
+        key, told = f"{self.path}/{self._count}", recorder.digest(about)
+        there, answer = recorder.recall(key, kind, told)
+        if there:
+            return answer  # type: ignore[no-any-return]
+        began = time.perf_counter()
+        token = _CURRENT.set(None)
+        try:
+            made = compute()
+        finally:
+            _CURRENT.reset(token)
+        recorder.computed(time.perf_counter() - began)
+        recorder.keep(key, kind, made, told)
+        return made
+
+    def run(self, compute: Callable[[], T], *, generator: torch.Generator | None = None) -> T:
+        """The answer of all the steps in ``compute``, kept in their place: a tree, and smaller than they are.
+
+        Args:
+            generator: that ``compute`` draws from.
+        """
+        recorder = self._recorder
+        if recorder is None:
+            return compute()
+        there, kept = recorder.recall(self.path, "scope")
+        if there:
+            answer, state = kept
+            if generator is not None:
+                generator.set_state(state.cpu())
+            return answer  # type: ignore[no-any-return]
+        with self.entered():
+            made = compute()
+        state = None if generator is None else generator.get_state()
+        recorder.keep(self.path, "scope", (made, state), must=True, drop=[f"{self.path}/"])
+        return made
+
+    def save(self, state: Callable[[], Any]) -> None:
+        """What the steps so far have led to, as a tree, in their place."""
+        if self._recorder is not None:
+            kept = {"count": self._count, "state": state()}
+            self._recorder.keep(f"{self.path}/@", "state", kept, must=True, drop=[f"{self.path}/"])
+
+    def saved(self) -> Any | None:
+        """What ``save`` kept last; the order of steps goes on from there."""
+        if self._recorder is None:
+            return None
+        there, kept = self._recorder.recall(f"{self.path}/@", "state")
+        if not there:
+            return None
+        self._count = kept["count"]
+        return kept["state"]
+
+
+def step(kind: str, compute: Callable[[], T], *, about: Any = None) -> T:
+    """``compute()``, or what it gave before the measurement was resumed.
+
+    Args:
+        kind: a word for what it is.
+        about: numbers and tensors that the answer depends on; where they differ from before, it is computed.
+    """
+    scope = _CURRENT.get()
+    return compute() if scope is None else scope.step(kind, compute, about)
+
+
+def child(name: str) -> Scope:
+    """Room for steps of its own, within those of the measurement around; it keeps nothing where there is none."""
+    scope = _CURRENT.get()
+    return Scope(None, name) if scope is None else scope.child(name)
+
+
+def root_child(name: str) -> Scope:
+    """The same beside the metrics, for what several of them share."""
+    scope = _CURRENT.get()
+    return Scope(None if scope is None else scope._recorder, name)
+
+
+def evaluation(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+    """A method of an objective that is one step, and does not begin where the measurement is to stop."""
+
+    @functools.wraps(method)
+    def evaluated(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with stopping.evaluating():
+            about = [*args, *kwargs.values()]
+            return step(method.__name__, lambda: method(self, *args, **kwargs), about=about)
+
+    return evaluated
+
+
+def stoppable(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+    """A method of an objective that does not begin where the measurement is to stop, and is not kept."""
+
+    @functools.wraps(method)
+    def evaluated(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with stopping.evaluating():
+            return method(self, *args, **kwargs)
+
+    return evaluated
+
+
+def _to(tree: Any, device: torch.device) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_to(entry, device) for entry in tree)
+    return {key: _to(entry, device) for key, entry in tree.items()} if isinstance(tree, dict) else tree
