@@ -13,7 +13,15 @@ import pytest
 import torch
 
 from keskar2017_example import example_record
+from keskar2017_page import Page
 from sharpness_plugins.experiments.data import digits_split
+from sharpness_plugins.experiments.keskar2017.findings import top_eigenvalue
+from sharpness_plugins.experiments.keskar2017.record import Record, box
+from sharpness_plugins.experiments.keskar2017.record import test_accuracy as accuracy
+from sharpness_plugins.experiments.keskar2017.report.agreement import claims
+from sharpness_plugins.experiments.keskar2017.report.datasets import all_datasets
+from sharpness_plugins.experiments.keskar2017.report.figures import all_drawings
+from sharpness_plugins.experiments.keskar2017.report.reading import Reading
 from sharpness_plugins.experiments.networks import relu_mlp
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -81,3 +89,39 @@ def test_tables_of_a_record_are_put_between_the_markers(tmp_path):
         assert part in readme
     with pytest.raises(ValueError, match="markers"):
         command.updated("nothing here", tmp_path)
+
+
+def test_the_recorded_report_is_that_of_the_recorded_run():
+    """Its data, and the verdicts in its page; after a new run: ``python -m benchmarks.keskar2017 --write``."""
+    folder = BENCHMARKS / "keskar2017"
+    reading = Reading(Record.read(folder))
+    found = claims(reading)
+    datasets = all_datasets(reading, found)
+    assert {path.stem for path in (folder / "data").iterdir()} == {dataset.name for dataset in datasets}
+    for dataset in datasets:
+        assert (folder / "data" / f"{dataset.name}.csv").read_text(encoding="utf-8") == dataset.csv, dataset.name
+    assert {path.stem for path in (folder / "figures").iterdir()} == {drawing.name for drawing in all_drawings(reading)}
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    rows = {element.attributes["id"]: element.text for element in page.elements("tr") if "id" in element.attributes}
+    for claim in found:
+        text = rows[f"claim-{claim.key}"]
+        assert all(part in text for part in (claim.paper, claim.here, str(claim.agrees), claim.reason, claim.rule))
+
+
+def test_the_readmes_words_are_what_the_record_says():
+    """Where it draws a conclusion without a number."""
+    record = Record.read(BENCHMARKS / "keskar2017")
+    sharp = box("full", 1e-3, "ours")
+    ratios = {study: record.paired(study, sharp).ratio for study in ("matched_loss", "sqrt_rate", "linear_rate")}
+    gaps = {study: record.paired(study, accuracy).mean_difference for study in ratios}
+    assert ratios["sqrt_rate"] < 2 < 8 < ratios["matched_loss"]
+    assert gaps["sqrt_rate"] < 0.8 * gaps["matched_loss"] < 0
+    assert ratios["linear_rate"] < 0.1
+    assert gaps["linear_rate"] < 3 * gaps["matched_loss"]
+    assert record.paired("equal_updates", sharp).count(1) == record.paired("equal_updates", top_eigenvalue).count(-1) == 5
+    augmented = record.paired("remedies", accuracy, reference="none", other="augmentation")
+    assert augmented.count(1) == 5
+    assert record.paired("remedies", sharp, other="augmentation").ratio > 8
+    rows = json.loads((BENCHMARKS / "keskar2017" / "rescaling.json").read_text(encoding="utf-8"))["rows"]
+    by_alpha = {row["alpha"]: row["epsilon_box"] for row in rows}
+    assert min(by_alpha[0.1], by_alpha[10.0]) / by_alpha[1.0] > ratios["matched_loss"]

@@ -408,6 +408,24 @@ def test_what_turns_round_does_not_agree():
     assert verdicts(augmented)["augmentation"] is Agreement.YES
 
 
+def test_a_solver_that_finds_little_agrees_partly_at_best():
+    record = example_record()
+
+    def as_found(network, share):
+        return tuple(
+            dataclasses.replace(b, kind="lower bound", value=share * network.box(b.space, b.epsilon, "ours").value)
+            if b.solver == "published"
+            else b
+            for b in network.boxes
+        )
+
+    for share, agrees in ((0.9, Agreement.YES), (0.01, Agreement.PARTLY)):
+        tried = changed(record, "protocol", "small", boxes=lambda n, share=share: as_found(n, share))
+        found = {claim.key: claim for claim in claims(Reading(tried))}["sharper_published"]
+        assert found.agrees is agrees
+        assert ("on 2 of 4 networks it found less than half" in found.reason) == (share < 0.5)
+
+
 def test_one_seed_is_no_more_than_partly():
     record = example_record()
     alone = dataclasses.replace(record, all_networks=tuple(n for n in record.all_networks if n.seed == 0))

@@ -28,16 +28,32 @@ __all__ = [
 ]
 
 ORDER_FACTOR = 3.0  # that a number may be off where the paper gives one number and not a range
+LEAST_SHARE = 0.5  # of what our solver finds, below which another one is called weak
 FIT_POINTS = 2.0  # the paper's own networks differ by up to 1.64 points in training accuracy
 
 
-def _unmoved(reading: Reading, study: str, quantity: tuple[str, float, str]) -> str:
-    """How many of a solver's numbers are none, or an empty string."""
-    found = [network.box(*quantity) for role in ("small", "large") for network in reading.networks(study, role)]
+def _unmoved(reading: Reading, study: str, space: str, solver: str) -> str:
+    """On how many networks a solver found nothing, or little of what ours finds; an empty string where on none."""
+    networks = [network for role in ("small", "large") for network in reading.networks(study, role)]
+    found = [network.box(space, 1e-3, solver) for network in networks]
+    ours = [moved_box(space, 1e-3, "ours")(network) for network in networks]
     stuck = [value for value in found if value is not None and value.kind not in MOVED]
-    if not stuck:
-        return ""
-    return f"this solver stopped where it started, or failed, on {len(stuck)} of {len(found)} networks, which are left out"
+    weak = [
+        value
+        for value, best in zip(found, ours, strict=True)
+        if value is not None and value.kind in MOVED and value.value < LEAST_SHARE * best
+    ]
+    said = []
+    if stuck:
+        said.append(
+            f"this solver stopped where it started, or failed, on {len(stuck)} of {len(found)} networks, which are left out"
+        )
+    if weak:
+        said.append(
+            f"on {len(weak)} of {len(found)} networks it found less than half of what ours does, so the ratio is in part "
+            "the solver's"
+        )
+    return "; ".join(said)
 
 
 # --- accuracy
@@ -78,7 +94,7 @@ def sharper(space: str, solver: str) -> Judge:
         quantity = moved_box(space, 1e-3, solver)
         paired = reading.paired("protocol", quantity)
         agrees, reason = direction(paired, 1)
-        stuck = _unmoved(reading, "protocol", (space, 1e-3, solver))
+        stuck = _unmoved(reading, "protocol", space, solver)
         here = "–" if paired is None else in_times(paired)
         matched = reading.paired("matched_loss", quantity)
         if matched is not None and matched.ratio is not None and reading.matched("matched_loss"):

@@ -21,6 +21,7 @@ __all__ = [
     "moved_box",
     "random_share",
     "share_within",
+    "short",
     "steep_share",
     "top_share",
     "words_of",
@@ -126,6 +127,11 @@ def mean(values: Sequence[float]) -> float:
     """Of those that are finite; NaN without any."""
     kept = finite(values)
     return statistics.fmean(kept) if kept else math.nan
+
+
+def short(value: float) -> str:
+    """Three significant digits, without an exponent from a thousand to a million."""
+    return f"{value:.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def moved_box(space: str, epsilon: float, solver: str) -> Quantity:

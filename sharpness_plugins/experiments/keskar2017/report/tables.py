@@ -20,6 +20,7 @@ from .reading import (
     moved_box,
     random_share,
     share_within,
+    short,
     steep_share,
     top_share,
 )
@@ -127,11 +128,6 @@ def ratio(paired: Paired | None) -> str:
 
 def _times(numerator: float, denominator: float) -> str:
     return short(numerator / denominator) if denominator > 0 else NONE
-
-
-def short(value: float) -> str:
-    """Three significant digits, without an exponent from a thousand to a million."""
-    return f"{value:.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _seeds(reading: Reading) -> str:

@@ -10,7 +10,7 @@ from enum import Enum
 
 from ...paired import Paired
 from .published import Published
-from .reading import Reading
+from .reading import Reading, short
 
 __all__ = [
     "DIRECTION",
@@ -143,9 +143,9 @@ def in_times(paired: Paired) -> str:
     """``8.1 times (seed by seed 7.0 to 9.2); higher in 5 of 5 seeds``."""
     if paired.ratio is None:
         return f"difference {paired.mean_difference:+.3g}; higher in {seeds_of(paired, 1)}"
-    said = f"{paired.ratio:.3g} times"
+    said = f"{short(paired.ratio)} times"
     if paired.num_seeds > 1:
-        said += f" (seed by seed {min(paired.seed_ratios):.3g} to {max(paired.seed_ratios):.3g})"
+        said += f" (seed by seed {short(min(paired.seed_ratios))} to {short(max(paired.seed_ratios))})"
     return f"{said}; higher in {seeds_of(paired, 1)}"
 
 
