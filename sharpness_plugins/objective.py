@@ -495,10 +495,11 @@ class Objective:
         def resolve(model: nn.Module, batch: Any) -> LossRule:
             return resolve_loss(model, batch, loss_fn=loss_fn, criterion=criterion, plugin_rule=plugin_rule)
 
-        for first in self._source:
-            rule: LossRule = self._evaluator.call(resolve, self.origin, first)
-            return rule
-        return None
+        first = next(iter(self._source), self._source.uncut)  # of which this rank's piece may be empty
+        if first is None:
+            return None
+        rule: LossRule = self._evaluator.call(resolve, self.origin, first)
+        return rule
 
     def _keep_whole_where_pieces_differ(self) -> None:
         """Of a batch that was cut for the ranks, the pieces must have the loss of the whole."""

@@ -176,6 +176,10 @@ def check_first_samples(rank: int, world_size: int) -> list[float]:
     for loader in (whole(20), whole(), DataLoader(TensorDataset(*data()), batch_size=16), padded(rank, world_size)):
         objective = Objective(network(), loader, max_samples=30)
         found += [objective.num_samples, objective.loss]
+    ones = [(x[None], y[None]) for x, y in zip(*data(), strict=True)]
+    for most in (1, 3):  # fewer than there are ranks, or no multiple of them
+        objective = Objective(network(), ones, max_samples=most)
+        found += [objective.num_samples, objective.loss]
     return found
 
 

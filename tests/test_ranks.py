@@ -122,8 +122,9 @@ def test_the_first_samples_are_those_of_all_ranks(told, size):
     order = list(rank_checks.padded(0, 1).sampler)[:30]  # the order of the sampler on one rank
     inputs, targets = rank_checks.data()
     sampled = Objective(rank_checks.network(), [(inputs[order], targets[order])]).loss
+    one, three = (Objective(rank_checks.network(), [(inputs[:most], targets[:most])]).loss for most in (1, 3))
     for answer in of(told, size, "first_samples"):
-        close(answer, [30, first] * 3 + [30, sampled])
+        close(answer, [30, first] * 3 + [30, sampled, 1, one, 3, three])
 
 
 @pytest.mark.parametrize("size", SIZES)
