@@ -12,7 +12,7 @@ from .endings import Ending
 from .record import Condition
 from .settings import Settings
 
-__all__ = ["MEASUREMENTS", "Plan", "Snapshot", "TrainingPlan", "planned"]
+__all__ = ["MEASUREMENTS", "Plan", "Snapshot", "TrainingKey", "TrainingPlan", "planned"]
 
 MEASUREMENTS = {
     "tables": "Metric 2.1 in both spaces, by all solvers; the spectrum; the test of the cone",
