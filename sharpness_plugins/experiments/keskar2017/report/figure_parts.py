@@ -23,6 +23,7 @@ __all__ = [
     "SHARPNESS_LABEL",
     "category_axis",
     "dots",
+    "legend",
     "mean_and_deviation",
     "note",
     "seeds",
@@ -70,6 +71,12 @@ def dots(axes: Axes, values: Sequence[float], at: float, kind: str, *, label: st
         [statistics.fmean(kept)], [at], xerr=None if spread is None else [spread], color=colour, marker=marker, markersize=6,
         capsize=3, linestyle="none", label=label,
     )  # fmt: skip
+
+
+def legend(axes: Axes, place: str = "best") -> None:
+    """Where there is anything to name; older matplotlibs warn of an empty one."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, loc=place)
 
 
 def category_axis(axes: Axes, names: Sequence[str]) -> None:

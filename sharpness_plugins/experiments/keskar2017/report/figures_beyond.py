@@ -16,6 +16,7 @@ from .figure_parts import (
     SHARPNESS,
     category_axis,
     dots,
+    legend,
     mean_and_deviation,
     note,
     seeds,
@@ -63,7 +64,7 @@ def spectrum(reading: Reading) -> list[Drawing]:
         if floors:
             left.set_yscale("log")
             left.set_ylim(bottom=max(floors))
-            left.legend(frameon=False, loc="upper right")
+            legend(left, "upper right")
         if math.isfinite(threshold):
             left.axvline(threshold, color=GREY, linewidth=0.8, linestyle=":")
             right.axhline(threshold, color=GREY, linewidth=0.8, linestyle=":")
@@ -175,8 +176,7 @@ def cone(reading: Reading) -> list[Drawing]:
         right.xaxis.get_major_locator().set_params(integer=True)
         right.set_xlabel("leading eigenvectors, by rank")
         left.set_ylabel("rise of the loss [%], logarithmic")
-        if left.get_legend_handles_labels()[0]:
-            left.legend(frameon=False, loc="best")
+        legend(left)
         note(figure, f"a line per network, {seeds(reading, 'matched_loss')}; as far out as a corner of the ε-box of 1e-3")
         return figure
 
@@ -227,7 +227,7 @@ def distances(reading: Reading) -> list[Drawing]:
         else:
             left.set_xlim(left=0)
         left.set_xlabel("‖w − w₀‖ at the end")
-        left.legend(frameon=False, loc="best")
+        legend(left)
         for role, each in paths.items():
             for trajectory in each:
                 points = [(p.steps, p.distance) for p in trajectory.points if p.steps > 0 and p.distance > 0]

@@ -17,6 +17,7 @@ from .figure_parts import (
     SHARPNESS_LABEL,
     category_axis,
     dots,
+    legend,
     mean_and_deviation,
     note,
     seeds,
@@ -68,7 +69,7 @@ def table3(reading: Reading) -> list[Drawing]:
         axes.axhline(len(PAPER) - 0.5, color=GREY, linewidth=0.8, linestyle=":")
         category_axis(axes, names)
         axes.set_xlabel(f"{SHARPNESS_LABEL}, full space, logarithmic")
-        axes.legend(frameon=False, loc="best")
+        legend(axes)
         bars = "bars: mean ± sample standard deviation"
         note(figure, f"hollow: the paper, five trials; filled: here, {seeds(reading, 'protocol')}, its protocol; {bars}")
         return figure
@@ -163,12 +164,12 @@ def batch_sizes(reading: Reading) -> list[Drawing]:
             ticks: set[int] = set()
             shown: list[float] = []
             looks = zip(studies.items(), (GREY, GREEN), "oD", ("-", "--"), (0.97, 1.03), strict=False)
-            for (name, legend), colour, marker, line, aside in looks:
+            for (name, words), colour, marker, line, aside in looks:
                 sizes = reading.sizes(name)
                 values = [[scale * value for value in reading.values(name, role, quantity)] for _, role in sizes]
                 error_bars(
                     axes, [aside * size for size, _ in sizes], values,
-                    color=colour, marker=marker, linestyle=line, label=legend,
+                    color=colour, marker=marker, linestyle=line, label=words,
                 )  # fmt: skip
                 ticks |= {size for size, _ in sizes}
                 shown += finite([value for at in values for value in at])
@@ -181,7 +182,7 @@ def batch_sizes(reading: Reading) -> list[Drawing]:
             if quantity is SHARPNESS and shown and min(shown) > 0:
                 logarithmic(axes)
                 axes.set_ylabel(f"{label}, logarithmic")
-        panels[0].legend(frameon=False, loc="best")
+        legend(panels[0])
         note(figure, mean_and_deviation(seeds(reading, study)))
         return figure
 
@@ -307,7 +308,7 @@ def against_loss(reading: Reading) -> list[Drawing]:
         axes.set_xlabel("training loss [nats], logarithmic; training goes to the right")
         axes.set_ylabel(f"{SHARPNESS_LABEL}, logarithmic")
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        legend(axes)
         note(figure, f"a line per seed, {seeds}")
         return figure
 
