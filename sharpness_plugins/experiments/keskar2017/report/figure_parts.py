@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ....plots import BLUE, GREEN, GREY, ORANGE
 from .reading import Reading, finite, mean, moved_box
@@ -73,7 +73,7 @@ def dots(axes: Axes, values: Sequence[float], at: float, kind: str, *, label: st
     )  # fmt: skip
 
 
-def legend(axes: Axes, place: str = "best") -> None:
+def legend(axes: Axes, place: Any = "best") -> None:
     """Where there is anything to name; older matplotlibs warn of an empty one."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc=place)
