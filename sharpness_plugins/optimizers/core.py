@@ -71,7 +71,8 @@ class SharpnessAware(OptimizerAround):
             sharp.give_up()                                                          # and clear .grad, say
 
     What the rule remembers, and the counters, move on when ``base`` has stepped, and stay where a ``GradScaler`` left the
-    step out. ``sharp.next_ascents`` says before a step whether its passes need to be kept for a replay at all.
+    step out. ``sharp.next_ascents`` says before a step whether its passes need to be kept for a replay at all, and
+    ``sharp.added_state()`` is what to save beside the state of ``base``.
 
     Micro-batches: ``step([closure, closure, ...])`` adds their gradients up, with one ascent for all; with ``m``, each has
     its own, and a ``BatchClosure`` is cut into parts of ``m`` samples first, so that m depends neither on the batch nor on
