@@ -106,20 +106,6 @@ class OptimizerAround(Optimizer):
         for post in list(self._optimizer_load_state_dict_post_hooks.values()):
             post(self)
 
-    def added_state(self) -> dict[str, Any]:
-        """What ``state_dict`` adds to the state of ``base``, for trainers that save and load that one themselves."""
-        return self._own_state()
-
-    def load_added_state(self, added: Mapping[str, Any] | None) -> None:
-        """Go on from it, once ``base`` has its state; None begins anew.
-
-        Raises:
-            ValueError: it is of another rule, or of a later version.
-        """
-        if added is not None:
-            self._check_own_state(added)
-        self._load_own_state(added)
-
     def __getstate__(self) -> dict[str, Any]:
         of_torch = ("_optimizer_", "_zero_grad", "_warned")
         left_out = (*self._left_out, "step")  # schedulers put a step of their own there

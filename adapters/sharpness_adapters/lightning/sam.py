@@ -57,13 +57,12 @@ class SAMCallback(Callback):
         self._sharp: SharpnessAware | None = None
         self._batches: list[tuple[int, Any]] = []
         self._first: dict[int, Tensor] = {}
-        self._gap: Tensor | None = None
         self._overflowed = False
 
     @property
     def surrogate_gap(self) -> float | None:
         """Loss at the perturbed weights minus loss, at the last step with an ascent, on this rank; None before the first."""
-        return None if self._gap is None else float(self._gap)
+        return None if self._sharp is None else self._sharp.surrogate_gap
 
     @property
     def gradient_norm(self) -> float | None:
@@ -101,14 +100,17 @@ class SAMCallback(Callback):
         if sharp is None or all(parameter.grad is None for parameter in parameters):
             return
         scale, is_scaled = scale_of(trainer), scaler_of(trainer) is not None
+        gap: Tensor | None = None
         with torch.enable_grad(), beside_training(pl_module):
             for ascent in sharp.ascents(scale=1.0, evaluated=True):  # Lightning has unscaled the first gradient
                 with ascent as move:
                     if is_scaled and not torch.isfinite(move.norm):
                         continue  # the scaler has seen it, and skips the step
-                    self._gap = self._second_pass(trainer, pl_module, scale)
+                    gap = self._second_pass(trainer, pl_module, scale)
                     if is_scaled:
                         self._overflowed |= not _unscale([p.grad for p in parameters if p.grad is not None], scale)
+        if gap is not None:
+            sharp.surrogate_gap = gap
         if self._overflowed:
             self.num_skipped += 1
             sharp.give_up()

@@ -89,14 +89,13 @@ class SecondPass:
         self._recorder = Recorder(self._parameters)
         self._sharp: SharpnessAware | None = None
         self._in_step = False
-        self._gap: Tensor | None = None
         optimizer.register_step_pre_hook(self._before_step)
         _second_passes[optimizer] = weakref.ref(self)  # which the hook keeps alive
         weakref.finalize(optimizer, self._recorder.close)
 
     def surrogate_gap(self) -> float | None:
         """The loss uphill minus the loss, of the last ascending step's batch; None before it. Waits for the device."""
-        return None if self._gap is None else self._gap.item()
+        return None if self._sharp is None else self._sharp.surrogate_gap
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Mapping[str, Any]) -> None:
         if any(given is not None for given in (*args[1:], kwargs.get("closure"))):
@@ -149,7 +148,7 @@ class SecondPass:
             clipped = task.get_clip_parameters(exclude_head="agc" in self.clip_mode)
             dispatch_clip_grad(clipped, self.clip_grad, mode=self.clip_mode)
         before = torch.stack([call.loss for call in calls if call.loss is not None])
-        self._gap = ((torch.stack(losses).double() - before.double()) * scales / scales.sum()).sum()
+        sharp.surrogate_gap = ((torch.stack(losses).double() - before.double()) * scales / scales.sum()).sum()
 
     def _unscale(self, scale: Tensor) -> None:
         for parameter in self._parameters:
