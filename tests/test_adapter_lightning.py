@@ -1310,6 +1310,68 @@ def test_fabric_sam_is_the_plain_loop(precision, clip):
     assert clip is None or all(m.values["gradient_norm"] <= 1.001 * clip for m in callback.monitor.history)
 
 
+def fabric_steps(model, optimizer, fabric, numbers, accumulate=2, **settings):
+    """One ``sam_step`` for each of these steps, of two micro-batches; returns the passes over the data."""
+    loaded, passes = list(DataLoader(dataset(), batch_size=8)), []
+    for number in numbers:
+        group = [loaded[(number * accumulate + at) % len(loaded)] for at in range(accumulate)]
+
+        def closure(group=group):
+            passes.append(1)
+            total = 0.0
+            for index, (inputs, targets) in enumerate(group, 1):
+                with fabric.no_backward_sync(model, enabled=index < len(group)):
+                    loss = nn.functional.cross_entropy(model(inputs), targets) / accumulate
+                    fabric.backward(loss)
+                total += loss.detach()
+            return total
+
+        sam_step(optimizer, closure, module=model, **settings)
+    return len(passes)
+
+
+def on_fabric(precision="32-true"):
+    half = precision == "16-mixed"
+    plugins = [FabricMixedPrecision(precision, "cpu", scaler=Scaler(init_scale=1024.0))] if half else None
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=plugins)
+    plain = Net(batch_norm=True)
+    model, optimizer = fabric.setup(plain.net, torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9))
+    return plain, model, optimizer, fabric
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_on_fabric_is_the_cores_own_loop(rule):
+    plain, model, optimizer, fabric = on_fabric()
+    passes = fabric_steps(model, optimizer, fabric, range(12), rho=0.2, rule=rule)
+    twin = Net(batch_norm=True)
+    core = by_hand(twin, rule, accumulate=2)
+    torch.testing.assert_close(weights(plain), weights(twin), rtol=1e-5, atol=1e-6)
+    assert passes == 12 * core.gradients_per_step
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize(("rule", "interval", "ascents"), [("looksam:k=4", 1, 1), ("fsam", 3, 2)])  # in steps 8; 6 and 9
+def test_fabrics_checkpoint_holds_what_a_rule_remembers(tmp_path, rule, interval, ascents, precision):
+    settings = {"rho": 0.2, "rule": rule, "interval": interval}
+    plain, model, optimizer, fabric = on_fabric(precision)
+    fabric_steps(model, optimizer, fabric, range(5), **settings)
+    fabric.save(tmp_path / "state.ckpt", {"model": model, "optimizer": optimizer})
+    fabric_steps(model, optimizer, fabric, range(5, 12), **settings)
+    again, model, optimizer, fabric = on_fabric(precision)
+    fabric.load(tmp_path / "state.ckpt", {"model": model, "optimizer": optimizer})
+    assert fabric_steps(model, optimizer, fabric, range(5, 12), **settings) == 7 + ascents
+    assert torch.equal(weights(again), weights(plain))
+
+
+def test_fabrics_radius_may_be_another_in_each_step():
+    one, other = on_fabric(), on_fabric()
+    radii = [0.1, 0.3, 0.2]
+    for number, rho in enumerate(radii):
+        fabric_steps(*one[1:], [number], rho=rho)
+    fabric_steps(*other[1:], range(3), rho=radii.__getitem__)
+    assert torch.equal(weights(one[0]), weights(other[0]))
+
+
 def test_two_ranks_of_fabric_are_one_process(ranks):
     assert ranks[0]["fabric"] == ranks[1]["fabric"]
     found = ranks[0]["fabric"]
