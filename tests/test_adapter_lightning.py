@@ -583,6 +583,22 @@ def test_rules_that_mix_gradients_see_them_unscaled(rule):
     torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=0.05, atol=0.02)
 
 
+@pytest.mark.parametrize(("rule", "interval"), [("sam", 1), ("sam", 2), ("random_sam", 1)])
+def test_a_norm_that_is_not_the_gradients_is_not_recorded_as_such(rule, interval):
+    model, told = Net(), []
+
+    class Watch(Callback):
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            if module.net[0].weight.grad is not None:
+                told.append(torch.cat([p.grad.flatten() for p in module.parameters()]).norm().item())
+
+    sam, sharp = SAMCallback(0.2, rule=rule, interval=interval), measuring(every="1 step")
+    fit(model, Data(), [sharp, sam, Watch()], epochs=1)
+    found = [made.values["gradient_norm"] for made in sharp.monitor.history[1:]]
+    assert (found[:-1] == pytest.approx(told, rel=1e-5)) == (not sam.follows_gradient)
+    assert sharp.last.values["surrogate_gap"] == sam.surrogate_gap
+
+
 def test_what_a_rule_is_told():
     assert SAMCallback(adaptive=True, eta=0.1).rule == get_rule("asam", eta=0.1)
     assert SAMCallback(rule="gsam:rho=0.3,alpha=0.1,interval=4").rho == 0.3

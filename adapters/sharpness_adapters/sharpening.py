@@ -91,6 +91,11 @@ class Sharpening:
         """Whether more than the direction of the first gradient counts, so that it must not have been clipped."""
         return type(self.rule).combine is not Rule.combine or not self.rule.is_linear
 
+    @property
+    def follows_gradient(self) -> bool:
+        """Whether the norm of what an ascent followed is that of the gradient, in each step."""
+        return type(self.rule).direction is Rule.direction and self.rule.every == self.interval == 1
+
     def around(self, optimizer: Optimizer, model: nn.Module | None, *, scaler: Any = None) -> SharpnessAware:
         """The core around an optimizer that goes on being stepped, saved and loaded by whoever does so.
 

@@ -86,6 +86,11 @@ class SAMCallback(Attachable):
         """Of what the last step with an ascent followed, as Trainer has clipped it; None before the first."""
         return None if self._sharp is None else self._sharp.gradient_norm
 
+    @property
+    def follows_gradient(self) -> bool:
+        """Whether ``gradient_norm`` is that of the gradient, in each step."""
+        return self._sharpening.follows_gradient
+
     def _begin(self, args: Any, state: Any, control: Any, kwargs: dict[str, Any]) -> None:
         if self._trainer is None:
             raise ValueError("SAMCallback replays what Trainer does, so it must know it: SAMCallback(...).attach(trainer)")

@@ -69,6 +69,11 @@ class SAMCallback(Callback):
         """Norm of what the last ascending step followed (of ``T g`` in ASAM's ball), over all ranks."""
         return None if self._sharp is None else self._sharp.gradient_norm
 
+    @property
+    def follows_gradient(self) -> bool:
+        """Whether ``gradient_norm`` is that of the gradient, in each step."""
+        return self._sharpening.follows_gradient
+
     def gap_over_ranks(self) -> float | None:
         gap = self.surrogate_gap
         return None if gap is None else distributed.sum_of(gap) / distributed.world_size()
