@@ -330,6 +330,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, restore, stop):
     assert [(c.step, c.new) for c in resumed_sizes.history] == [(c.step, c.new) for c in sizes.history]
 
 
+def test_the_same_trainer_resumes_with_what_its_rule_remembers(tmp_path):
+    def make(folder):
+        trainer = trainer_of(tmp_path / folder, gpt(), texts())
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.01, momentum=0.9)  # kept from train to train
+        return trainer, SAMCallback(rho=0.1, rule="looksam:k=4").attach(trainer)
+
+    whole, _ = make("whole")
+    whole.train()
+    parts, sam = make("parts")
+    parts.add_callback(stop := StopAt(6))
+    parts.train()
+    parts.remove_callback(stop)
+    for parameter in parts.model.parameters():
+        parameter.data.zero_()
+    parts.train(resume_from_checkpoint=True)
+    assert sam._sharp.num_steps == 8
+    assert torch.equal(weights(parts.model), weights(whole.model))
+
+
 def test_a_checkpoint_from_before_the_callback_can_be_resumed_and_saved_again(tmp_path):
     first = trainer_of(tmp_path, bert(), sentences(), save_strategy="steps", save_steps=4)
     first.train()

@@ -94,7 +94,9 @@ class SAMCallback(Attachable):
     def _begin(self, args: Any, state: Any, control: Any, kwargs: dict[str, Any]) -> None:
         if self._trainer is None:
             raise ValueError("SAMCallback replays what Trainer does, so it must know it: SAMCallback(...).attach(trainer)")
-        self._sharp = self._sharpening.around(innermost(kwargs["optimizer"]), kwargs["model"])
+        optimizer = innermost(kwargs["optimizer"])
+        if self._sharp is None or self._sharp.base is not optimizer:  # a second train() may go on with the same one
+            self._sharp = self._sharpening.around(optimizer, kwargs["model"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._micro_batches.clear()
