@@ -49,11 +49,13 @@ from sharpness_adapters.plain import attach
 from sharpness_plugins import measure_sharpness
 from sharpness_plugins.controller import BatchController
 from sharpness_plugins.errors import LoaderError
-from sharpness_plugins.optimizers import perturbed
+from sharpness_plugins.optimizers import SharpnessAware, perturbed
 from sharpness_plugins.probe import probe_batches
+from sharpness_plugins.registry import get_rule
 from sharpness_plugins.report import Kind, MetricResult, Status
 from sharpness_plugins.samplers import ResizableBatchSampler
 from sharpness_plugins.schedules import Plan, SharpnessSwitch
+from sharpness_plugins.texts import name_and_settings
 
 NUM_SAMPLES = 32
 
@@ -305,7 +307,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, restore, stop):
         settings = {"optim": "adamw_torch", "num_train_epochs": 4, "restore_callback_states_from_checkpoint": restore}
         trainer = trainer_of(tmp_path / folder, gpt(resid_pdrop=0.1), texts(), **settings)
         sharpness = SharpnessCallback([METRIC], every="1 step", budget=None, num_samples=8).attach(trainer)
-        SAMCallback(rho=0.1).attach(trainer)
+        SAMCallback(rho=0.1, rule="fsam" if restore else "looksam:k=4").attach(trainer)  # what they remember goes on, too
         sizes = BatchSizeCallback("0:8 1ep:16 2ep:32").attach(trainer)
         return trainer, Watch(trainer), sharpness, sizes
 
@@ -326,6 +328,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, restore, stop):
     strip = [(made.step, made.samples, made.loss, made.values) for made in sharpness.history]
     assert [(made.step, made.samples, made.loss, made.values) for made in resumed.history] == strip
     assert [(c.step, c.new) for c in resumed_sizes.history] == [(c.step, c.new) for c in sizes.history]
+
+
+def test_the_same_trainer_resumes_with_what_its_rule_remembers(tmp_path):
+    def make(folder):
+        trainer = trainer_of(tmp_path / folder, gpt(), texts())
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.01, momentum=0.9)  # kept from train to train
+        return trainer, SAMCallback(rho=0.1, rule="looksam:k=4").attach(trainer)
+
+    whole, _ = make("whole")
+    whole.train()
+    parts, sam = make("parts")
+    parts.add_callback(stop := StopAt(6))
+    parts.train()
+    parts.remove_callback(stop)
+    for parameter in parts.model.parameters():
+        parameter.data.zero_()
+    parts.train(resume_from_checkpoint=True)
+    assert sam._sharp.num_steps == 8
+    assert torch.equal(weights(parts.model), weights(whole.model))
 
 
 def test_a_checkpoint_from_before_the_callback_can_be_resumed_and_saved_again(tmp_path):
@@ -418,20 +439,75 @@ def test_sam_is_sam_with_accumulation_and_clipping(tmp_path, make, size, accumul
     assert sam.surrogate_gap() > 0
 
 
+@pytest.mark.parametrize(("size", "accumulation"), [(16, 1), (4, 4)])
+@pytest.mark.parametrize("clip", [1e6, 0.05])
+@pytest.mark.parametrize("rule", ["gsam", "wsam:decoupled=False", "fsam", "looksam:k=2", "momentum_sam", "k_step_sam"])
+def test_every_rule_is_the_cores_own_loop(tmp_path, rule, clip, size, accumulation):
+    """On whole batches, clipped once; Trainer clips before a callback can see the gradient, which these rules mix in."""
+    factor = 5 / 6  # of six tokens that Trainer counts per text, five have a next one
+    trainer = trainer_of(
+        tmp_path,
+        gpt(),
+        data := texts(),
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=0.1 / factor,
+        max_grad_norm=clip * factor,
+        train_sampling_strategy="sequential",
+        lr_scheduler_type="constant",
+    )
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1 / factor, momentum=0.9)
+    sam = SAMCallback(rho=0.5, rule=rule).attach(trainer)
+    trainer.train()
+    name, given = name_and_settings(rule)
+    model = gpt()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = SharpnessAware(base, get_rule(name, **given), rho=0.5, model=model)
+    model.train()
+    for at in (0, 16) * 2:
+        batch = {name: torch.stack([row[name] for row in data[at : at + 16]]) for name in data[0]}
+
+        def closure(batch=batch):
+            loss = model(**batch).loss
+            loss.backward()
+            return loss
+
+        optimizer.gradient(closure)
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+    torch.testing.assert_close(weights(trainer.model), weights(model), rtol=0, atol=2e-6)
+    assert not torch.allclose(weights(model), weights(gpt()), rtol=0, atol=1e-3)
+    if optimizer.surrogate_gap is not None:
+        assert sam.surrogate_gap() == pytest.approx(optimizer.surrogate_gap * factor, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ascents"), [({"interval": 2}, 2), ({"rule": "looksam:k=3"}, 2), ({"rule": "k_step_sam"}, 8)]
+)
+def test_steps_without_an_ascent_cost_one_pass(tmp_path, settings, ascents):
+    trainer = trainer_of(tmp_path, gpt(), texts(), gradient_accumulation_steps=2)
+    watch = Watch(trainer)
+    sam = SAMCallback(rho=0.1, **settings).attach(trainer)
+    trainer.train()
+    assert sum(watch.batches) == 2 * NUM_SAMPLES + 16 * ascents
+    assert sam.gradient_norm() > 0
+
+
 def give_scaler(trainer: Trainer) -> None:
     """What fp16 gives a trainer on a GPU, where alone Accelerate allows it."""
     scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     trainer.accelerator.unscale_gradients = lambda optimizer=None: scaler.unscale_(trainer.optimizer.optimizer)
 
 
-def test_sam_with_a_grad_scaler_is_sam_without(tmp_path):
+@pytest.mark.parametrize("rule", ["sam", "gsam", "fsam", "wsam"])
+def test_sam_with_a_grad_scaler_is_sam_without(tmp_path, rule):
     """A scale of 1024 is exact, so only a gradient that was scaled once too often or too rarely would differ."""
 
     def run(folder, scaled):
         trainer = trainer_of(tmp_path / folder, gpt(), texts(), gradient_accumulation_steps=2, max_grad_norm=0.1)
         if scaled:
             give_scaler(trainer)
-        SAMCallback(rho=0.5).attach(trainer)
+        SAMCallback(rho=0.5, rule=rule).attach(trainer)
         trainer.train()
         return weights(trainer.model)
 
@@ -518,6 +594,8 @@ def test_adaptive_sam_is_another(tmp_path):
     assert not torch.equal(run(True), run(False))
     with pytest.raises(ValueError, match="rho is a radius"):
         SAMCallback(rho=-1.0)
+    with pytest.raises(ValueError, match=r"m=8 says how a step's first pass is made"):
+        SAMCallback(rule="sam:m=8")
 
 
 def test_an_interrupted_run_leaves_the_trainer_as_it_was(tmp_path):

@@ -38,9 +38,11 @@ from sharpness_adapters.lightning import (
 )
 from sharpness_plugins import measure_sharpness
 from sharpness_plugins.controller import BatchController
-from sharpness_plugins.errors import LoaderError, LossRuleError, PluginWarning
+from sharpness_plugins.errors import LoaderError, LossRuleError, PluginWarning, UnknownNameError
 from sharpness_plugins.noise_scale import NoiseScaleMeter
-from sharpness_plugins.optimizers import SAM, SharpnessAware, perturbed
+from sharpness_plugins.optimizers import SAM, LookSAM, ProportionalToLearningRate, SharpnessAware, perturbed
+from sharpness_plugins.registry import get_rule
+from sharpness_plugins.texts import name_and_settings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),  # advice about speed
@@ -496,6 +498,132 @@ def test_a_second_gradient_that_overflows_leaves_the_step_out_and_lowers_the_sca
     assert scaler.get_scale() == 2.0
 
 
+RULES = ["sam", "asam:eta=0.0", "gsam", "wsam", "fsam", "looksam:k=2", "momentum_sam", "random_sam", "k_step_sam"]
+
+
+def by_hand(model, rule, *, rho=0.2, accumulate=1, epochs=2, **settings):
+    """The core's own loop, which evaluates closures: the micro-batches of each step."""
+    name, given = name_and_settings(rule)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = SharpnessAware(sgd, get_rule(name, **given), rho=rho, model=model, **settings)
+    for _ in range(epochs):
+        loaded = list(DataLoader(dataset(), batch_size=8))
+        for at in range(0, len(loaded), accumulate):
+
+            def closure(batch):
+                loss = nn.functional.cross_entropy(model.net(batch[0]), batch[1]) / accumulate
+                loss.backward()
+                return loss
+
+            optimizer.step([lambda batch=batch: closure(batch) for batch in loaded[at : at + accumulate]])
+    return optimizer
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_is_its_plain_loop(rule, accumulate):
+    model, twin = Net(batch_norm="momentum" not in rule and "random" not in rule), Net()
+    twin.net = Net(batch_norm=isinstance(model.net[1], nn.BatchNorm1d)).net
+    callback = SAMCallback(rho=0.2, rule=rule)
+    fit(model, Data(), [callback], accumulate_grad_batches=accumulate)
+    optimizer = by_hand(twin, rule, accumulate=accumulate)
+    torch.testing.assert_close(weights(model), weights(twin), rtol=1e-5, atol=1e-6)
+    assert optimizer.num_steps == 24 // accumulate
+    if optimizer.surrogate_gap is not None and optimizer.rule.every == 1:
+        assert callback.surrogate_gap == pytest.approx(optimizer.surrogate_gap, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ascents"), [({"interval": 2}, 6), ({"rule": "looksam:k=3"}, 4), ({"rule": "k_step_sam"}, 24)]
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_without_an_ascent_cost_one_pass(settings, ascents, accumulate):
+    passes = []
+
+    class Counting(Net):
+        def training_step(self, batch, batch_idx):
+            passes.append(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    kept, callback = [], SAMCallback(**settings)
+
+    class Watch(Callback):
+        def on_train_batch_end(self, *args):
+            kept.append(len(callback._batches))
+
+    fit(Counting(), Data(), [callback, Watch()], epochs=accumulate, accumulate_grad_batches=accumulate)
+    assert len(passes) == accumulate * (12 + ascents)
+    assert (0 in kept) == (settings != {"rule": "k_step_sam"})  # batches are not held for nothing
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize(("rule", "interval"), [("looksam:k=4", 1), ("fsam", 4)])  # of six steps per epoch
+def test_a_rule_that_remembers_goes_on_from_a_checkpoint_bit_for_bit(tmp_path, rule, interval, precision):
+    def run(epochs, ckpt=None, rho=0.2):
+        plugins = [MixedPrecision("16-mixed", "cpu", scaler=Scaler(init_scale=2.0**8))] if precision == "16-mixed" else []
+        model, sam = Net(batch_norm=True), SAMCallback(rho=rho, rule=rule, interval=interval)
+        return fit(model, Data(), [sam], epochs=epochs, ckpt=ckpt, plugins=plugins, accumulate_grad_batches=2)
+
+    whole = weights(run(4).lightning_module)
+    run(1).save_checkpoint(tmp_path / "last.ckpt")
+    assert torch.equal(weights(run(4, ckpt=tmp_path / "last.ckpt").lightning_module), whole)
+    other = run(4, ckpt=tmp_path / "last.ckpt", rho=0.4)  # arguments hold, whatever was saved
+    assert not torch.equal(weights(other.lightning_module), whole)
+    with pytest.raises(ValueError, match=r"the state is of .*, and this optimizer has SAM\(\)"):
+        fit(Net(batch_norm=True), Data(), [SAMCallback()], ckpt=tmp_path / "last.ckpt")
+    fit(Net(batch_norm=True), Data(), ckpt=tmp_path / "last.ckpt")  # who has none of us reads it as well
+
+
+@pytest.mark.parametrize("rule", ["gsam", "wsam", "fsam", "looksam:k=2"])
+def test_rules_that_mix_gradients_see_them_unscaled(rule):
+    models = []
+    for plugins in ([], [MixedPrecision("16-mixed", "cpu", scaler=Scaler(init_scale=2.0**8))]):
+        models.append(Net())
+        fit(models[-1], Data(), [SAMCallback(rho=0.2, rule=rule)], plugins=plugins, gradient_clip_val=0.5)
+    torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize(("rule", "interval"), [("sam", 1), ("sam", 2), ("random_sam", 1)])
+def test_a_norm_that_is_not_the_gradients_is_not_recorded_as_such(rule, interval):
+    model, told = Net(), []
+
+    class Watch(Callback):
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            if module.net[0].weight.grad is not None:
+                told.append(torch.cat([p.grad.flatten() for p in module.parameters()]).norm().item())
+
+    sam, sharp = SAMCallback(0.2, rule=rule, interval=interval), measuring(every="1 step")
+    fit(model, Data(), [sharp, sam, Watch()], epochs=1)
+    found = [made.values["gradient_norm"] for made in sharp.monitor.history[1:]]
+    assert (found[:-1] == pytest.approx(told, rel=1e-5)) == (not sam.follows_gradient)
+    assert sharp.last.values["surrogate_gap"] == sam.surrogate_gap
+
+
+def test_what_a_rule_is_told():
+    assert SAMCallback(adaptive=True, eta=0.1).rule == get_rule("asam", eta=0.1)
+    assert SAMCallback(rule="gsam:rho=0.3,alpha=0.1,interval=4").rho == 0.3
+    sloping = ProportionalToLearningRate(high=0.2, lr_high=0.1)
+    one, other = Net(), Net()
+    fit(one, Data(), [SAMCallback(rho=sloping, rule=LookSAM(k=2))])
+    fit(other, Data(), [SAMCallback(rho=0.2, rule="looksam:k=2")])
+    assert torch.equal(weights(one), weights(other))
+    with pytest.raises(ValueError, match='short for rule="asam"'):
+        SAMCallback(adaptive=True, rule="gsam")
+    with pytest.raises(ValueError, match=r"rho=0\.1 was given, and rho=0\.2 with the rule"):
+        SAMCallback(0.1, rule="sam:rho=0.2")
+    with pytest.raises(ValueError, match=r"m=32 says how a step's first pass is made.*SharpnessAware\.step\(closure\)"):
+        SAMCallback(rule="sam:m=32")
+    with pytest.raises(UnknownNameError, match="Did you mean 'looksam'"):
+        SAMCallback(rule="looksm")
+
+    class Plain(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match="keeps none"):
+        fit(Plain(), Data(), [SAMCallback(rule="momentum_sam")])
+
+
 # --- batch sizes
 
 
@@ -844,6 +972,7 @@ def run(name, callbacks, data=None, **settings):
 schedule = "0:8 1ep:32 3ep:16"
 sharp, sizes = measuring(every="1ep"), BatchSizeCallback(schedule)
 found = run("three", [sharp, SAMCallback(0.1), sizes], gradient_clip_val=1.0)
+run("rules", [SAMCallback(0.1, rule="looksam:k=2"), BatchSizeCallback("0:16")], gradient_clip_val=1.0)
 found["history"] = [{**m.to_dict(), "seconds": 0} for m in sharp.monitor.history]
 found["changes"] = [[c.step, c.samples, c.epoch, c.new.batch_size] for c in sizes.history]
 found["monitored"] = sharp.last.values
@@ -898,7 +1027,7 @@ def ranks(tmp_path_factory):
     return [json.loads((folder / f"out{rank}").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ["three", "two", "accumulate", "shared", "timed", "noise", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["three", "two", "rules", "accumulate", "shared", "timed", "noise", "bf16", "fp16"])
 def test_two_ranks_stay_one_model(ranks, name):
     assert {key: value for key, value in ranks[0][name].items() if key != "rng"} == {
         key: value for key, value in ranks[1][name].items() if key != "rng"
@@ -930,6 +1059,13 @@ def test_two_ranks_train_as_one_process_does(ranks):
     for one, two in zip(found["history"], sharp.monitor.history, strict=True):
         assert (one["step"], one["samples"], one["epoch"]) == (two.step, two.samples, two.epoch)
         assert one["values"]["hessian_topk"] == pytest.approx(two.values["hessian_topk"], rel=1e-3)
+
+
+def test_two_ranks_follow_a_rule_as_one_process_does(ranks):
+    model = Net()
+    callbacks = [SAMCallback(0.1, rule="looksam:k=2"), BatchSizeCallback("0:16")]
+    fit(model, InOrderOfRanks(), callbacks, epochs=4, gradient_clip_val=1.0)
+    torch.testing.assert_close(torch.tensor(ranks[0]["rules"]["weights"]), weights(model), rtol=1e-4, atol=1e-6)
 
 
 def test_two_ranks_accumulate_and_count_as_planned(ranks):
@@ -975,7 +1111,7 @@ def test_lightning_cli_builds_all_three_from_yaml_and_arguments(tmp_path, monkey
                     "noise_scale": True,
                 },
             },
-            {"class_path": "sharpness_adapters.lightning.SAMCallback", "init_args": {"rho": 0.1}},
+            {"class_path": "sharpness_adapters.lightning.SAMCallback", "init_args": {"rho": 0.1, "rule": "looksam:k=3"}},
         ],
     }
     (tmp_path / "config.yaml").write_text(json.dumps({"trainer": config}))  # JSON is YAML
@@ -986,6 +1122,7 @@ def test_lightning_cli_builds_all_three_from_yaml_and_arguments(tmp_path, monkey
     assert [batches_of(cli.model, epoch) for epoch in range(2)] == [[8] * 12, [32] * 3]
     sharp, sam, sizes = (cli.trainer.callbacks[at] for at in range(3))
     assert [m.step for m in sharp.monitor.history] == [0, 6, 12]
+    assert sam.rule == LookSAM(k=3)
     assert (sam.rho, sizes.coupling, cli.model.seen.rates[-1]) == (0.1, "none", 0.1)
 
 
@@ -1187,6 +1324,68 @@ def test_fabric_sam_is_the_plain_loop(precision, clip):
     recorded = [m.values["surrogate_gap"] for m in callback.monitor.history]
     assert recorded == pytest.approx(gaps, rel=1e-4 if exact else 0.2)
     assert clip is None or all(m.values["gradient_norm"] <= 1.001 * clip for m in callback.monitor.history)
+
+
+def fabric_steps(model, optimizer, fabric, numbers, accumulate=2, **settings):
+    """One ``sam_step`` for each of these steps, of two micro-batches; returns the passes over the data."""
+    loaded, passes = list(DataLoader(dataset(), batch_size=8)), []
+    for number in numbers:
+        group = [loaded[(number * accumulate + at) % len(loaded)] for at in range(accumulate)]
+
+        def closure(group=group):
+            passes.append(1)
+            total = 0.0
+            for index, (inputs, targets) in enumerate(group, 1):
+                with fabric.no_backward_sync(model, enabled=index < len(group)):
+                    loss = nn.functional.cross_entropy(model(inputs), targets) / accumulate
+                    fabric.backward(loss)
+                total += loss.detach()
+            return total
+
+        sam_step(optimizer, closure, module=model, **settings)
+    return len(passes)
+
+
+def on_fabric(precision="32-true"):
+    half = precision == "16-mixed"
+    plugins = [FabricMixedPrecision(precision, "cpu", scaler=Scaler(init_scale=1024.0))] if half else None
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=plugins)
+    plain = Net(batch_norm=True)
+    model, optimizer = fabric.setup(plain.net, torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9))
+    return plain, model, optimizer, fabric
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_on_fabric_is_the_cores_own_loop(rule):
+    plain, model, optimizer, fabric = on_fabric()
+    passes = fabric_steps(model, optimizer, fabric, range(12), rho=0.2, rule=rule)
+    twin = Net(batch_norm=True)
+    core = by_hand(twin, rule, accumulate=2)
+    torch.testing.assert_close(weights(plain), weights(twin), rtol=1e-5, atol=1e-6)
+    assert passes == 12 * core.gradients_per_step
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize(("rule", "interval", "ascents"), [("looksam:k=4", 1, 1), ("fsam", 3, 2)])  # in steps 8; 6 and 9
+def test_fabrics_checkpoint_holds_what_a_rule_remembers(tmp_path, rule, interval, ascents, precision):
+    settings = {"rho": 0.2, "rule": rule, "interval": interval}
+    plain, model, optimizer, fabric = on_fabric(precision)
+    fabric_steps(model, optimizer, fabric, range(5), **settings)
+    fabric.save(tmp_path / "state.ckpt", {"model": model, "optimizer": optimizer})
+    fabric_steps(model, optimizer, fabric, range(5, 12), **settings)
+    again, model, optimizer, fabric = on_fabric(precision)
+    fabric.load(tmp_path / "state.ckpt", {"model": model, "optimizer": optimizer})
+    assert fabric_steps(model, optimizer, fabric, range(5, 12), **settings) == 7 + ascents
+    assert torch.equal(weights(again), weights(plain))
+
+
+def test_fabrics_radius_may_be_another_in_each_step():
+    one, other = on_fabric(), on_fabric()
+    radii = [0.1, 0.3, 0.2]
+    for number, rho in enumerate(radii):
+        fabric_steps(*one[1:], [number], rho=rho)
+    fabric_steps(*other[1:], range(3), rho=radii.__getitem__)
+    assert torch.equal(weights(one[0]), weights(other[0]))
 
 
 def test_two_ranks_of_fabric_are_one_process(ranks):

@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -35,21 +36,31 @@ from timm.data import FastCollateMixup, create_dataset, create_loader  # noqa: E
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy  # noqa: E402
 from timm.models import create_model  # noqa: E402
 from timm.optim import create_optimizer_v2, list_optimizers  # noqa: E402
+from timm.optim._optim_factory import default_registry  # noqa: E402
 from timm.task import ClassificationTask, LogitDistillationTask, resume_task_checkpoint  # noqa: E402
 from timm.utils import CheckpointSaver, NativeScaler  # noqa: E402
 
 import sharpness_adapters.timm as adapter  # noqa: E402
 from sharpness_adapters import timm_script  # noqa: E402
 from sharpness_adapters.plain import attach  # noqa: E402
-from sharpness_adapters.timm import SecondPass, Settings, TaskMonitor, bare_task, second_pass_of  # noqa: E402
+from sharpness_adapters.timm import (  # noqa: E402
+    SecondPass,
+    Settings,
+    TaskMonitor,
+    bare_task,
+    second_pass,
+    second_pass_of,
+)
 from sharpness_adapters.timm.arguments import check_optimizer_name, set_script  # noqa: E402
 from sharpness_adapters.timm.script import ScriptError, ScriptOptions, run_script  # noqa: E402
 from sharpness_adapters.timm_checkpoint import read_timm_checkpoint  # noqa: E402
 from sharpness_adapters.timm_task import task_loss  # noqa: E402
 from sharpness_plugins import PluginWarning, measure_sharpness, metric  # noqa: E402
 from sharpness_plugins.cli import main as sharpness  # noqa: E402
+from sharpness_plugins.optimizers import ASAM, GSAM, SharpnessAware  # noqa: E402
 from sharpness_plugins.plugin_loading import Source  # noqa: E402
-from sharpness_plugins.registry import fresh_registry  # noqa: E402
+from sharpness_plugins.registry import OptimizerSpec, fresh_registry, get_rule  # noqa: E402
+from sharpness_plugins.texts import name_and_settings  # noqa: E402
 
 # timm leaves the files of its images to the garbage collector
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -154,7 +165,9 @@ def assert_same(first, second):
 
 def test_every_first_order_optimizer_of_timm_has_a_sharpness_aware_one():
     names = adapter.register_optimizers()
-    assert {"samsgd", "samadamw", "samlamb", "sammuon"} <= set(names) <= set(list_optimizers("sam*"))
+    assert {"samsgd", "samadamw", "samlamb", "sammuon"} <= set(names) <= set(list_optimizers())
+    for rule in ("asam", "fsam", "gsam", "wsam", "looksam", "momentumsam", "randomsam", "kstepsam"):
+        assert {f"{rule}sgd", f"{rule}adamw"} <= set(names)
     assert not [name for name in names if "_" in name]
     assert "samadahessian" not in list_optimizers()
     assert adapter.register_optimizers() == names  # again, without a second registration
@@ -164,13 +177,42 @@ def test_every_first_order_optimizer_of_timm_has_a_sharpness_aware_one():
     assert second_pass_of(optimizer_of(small_net(), "sgd")) is None
     with pytest.raises(ValueError, match="rho is a radius"):
         optimizer_of(small_net(), "samsgd", rho=-1.0)
+    given = {"alpha": 0.8, "rule_alpha": 0.1, "interval": 3}  # of the base, of the rule, of the core
+    optimizer = create_optimizer_v2(small_net(), opt="gsamrmsprop", lr=0.1, **given)
+    assert optimizer.param_groups[0]["alpha"] == 0.8
+    made = second_pass_of(optimizer)
+    assert (made.rule, made.interval, made.rho) == (GSAM(alpha=0.1), 3, None)
+    with pytest.raises(TypeError, match="sigma"):
+        optimizer_of(small_net(), "looksamsgd", rule_sigma=1.0)
+
+
+def test_rules_of_plugins_are_offered_and_names_of_timms_own_are_left_alone(monkeypatch):
+    monkeypatch.setattr(taken := default_registry, "_optimizers", dict(default_registry._optimizers))
+    monkeypatch.setattr(second_pass, "_names", set(second_pass._names))
+    theirs = replace(taken.get_optimizer_info("sgd"), name="acmesgd")
+    taken.register(theirs)
+    with fresh_registry() as registry:
+        registry.register(OptimizerSpec("acme", ASAM))
+        registry.register(OptimizerSpec("acme_two", ASAM))
+        names = adapter.register_optimizers()
+        optimizer = optimizer_of(small_net(), "acmetwosgd")
+    assert {"acmeadamw", "acmetwosgd"} <= set(names)
+    assert "acmesgd" not in names
+    assert taken.get_optimizer_info("acmesgd") is theirs
+    assert second_pass_of(optimizer).rule == ASAM()
 
 
 def test_an_underscore_which_timm_would_drop_is_refused(monkeypatch):
     assert second_pass_of(optimizer_of(small_net(), "sam_sgd")) is None  # timm: plain SGD, without a word
     script = type("Script", (), {"parser": None, "train_one_epoch": None})
     try:
-        for name, is_wrong in (("sam_sgd", True), ("lookahead_samsgd", False), ("samsgd", False)):
+        for name, is_wrong in (
+            ("sam_sgd", True),
+            ("look_sam_sgd", True),
+            ("lookahead_gsam_sgd", True),
+            ("lookahead_samsgd", False),
+            ("samsgd", False),
+        ):
             script._parse_args = staticmethod(lambda name=name: (type("Args", (), {})(), ""))
             given = type("Args", (), {})()
             given.opt = name
@@ -240,6 +282,77 @@ def test_step_is_the_one_of_the_papers(clip, adaptive):
     assert second_pass.surrogate_gap() == pytest.approx((above - loss).item(), rel=1e-6)
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, reference.get_buffer(name))  # two forward passes, not four
+
+
+RULES = ["gsam", "wsam", "fsam", "looksam:k=2", "momentum_sam", "random_sam", "k_step_sam", "asam:eta=0.0"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_is_the_cores_own_loop(rule):
+    """Which evaluates closures, two micro-batches in each of its five steps; float64."""
+    data = [(x.double(), y) for x, y in batches(10)]
+    keeps_up = "momentum" not in rule and "random" not in rule  # else the core makes no first pass for the statistics
+    models = [small_net(norm=keeps_up).double() for _ in range(2)]
+    settings = {"lr": 0.1, "momentum": 0.9}
+    optimizer = torch.optim.SGD(models[0].parameters(), **settings)
+    second_pass = SecondPass(optimizer, 0.3, rule=rule)
+    train(task_of(models[0]), optimizer, data, accumulate=2)
+    name, given = name_and_settings(rule)
+    base = torch.optim.SGD(models[1].parameters(), **settings)
+    reference = SharpnessAware(base, get_rule(name, **given), rho=0.3, model=models[1])
+
+    def closure(batch):
+        loss = functional.cross_entropy(models[1](batch[0]), batch[1]) / 2
+        loss.backward()
+        return loss
+
+    for at in range(0, 10, 2):
+        reference.step([lambda batch=batch: closure(batch) for batch in data[at : at + 2]])
+    for first, second in zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-12)
+    if reference.surrogate_gap is not None:
+        assert second_pass.surrogate_gap() == pytest.approx(reference.surrogate_gap, rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "settings", "ascents"), [("samsgd", {"interval": 2}, 3), ("looksamsgd", {"rule_k": 3}, 2)])
+def test_steps_without_an_ascent_cost_one_pass(name, settings, ascents):
+    model, passes, kept = small_net(), [], []
+    optimizer, task = optimizer_of(model, name, **settings), task_of(model)
+    model.register_forward_hook(lambda *_: passes.append(1))
+    optimizer.register_step_pre_hook(lambda *_: kept.append(second_pass_of(optimizer)._recorder.keep_inputs))
+    train(task, optimizer, batches(12), accumulate=2)
+    assert len(passes) == 12 + 2 * ascents
+    assert sum(kept) == ascents  # else batches are not held
+
+
+@pytest.mark.parametrize(("name", "settings"), [("looksamadamw", {"rule_k": 4}), ("fsamsgd", {"interval": 3})])
+@pytest.mark.parametrize("outer", ["", "lookahead_"])
+def test_a_rule_that_remembers_goes_on_from_a_checkpoint_bit_for_bit(tmp_path, outer, name, settings):
+    def made():
+        model = small_net(dropout=0.3)
+        return model, task_of(model), optimizer_of(model, outer + name, rho=0.3, **settings)
+
+    torch.manual_seed(3)
+    model, task, optimizer = made()
+    data = batches(12)
+    train(task, optimizer, data[:5])
+    saver = CheckpointSaver(model, optimizer, task=task, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver.save_checkpoint(0, 0.5)
+    state, whole = torch.get_rng_state(), train(task, optimizer, data[5:])
+    model, task, optimizer = made()
+    if outer:  # one that has trained takes it up as well
+        train(task, optimizer, data[:4])
+    resume_task_checkpoint(task, str(tmp_path / "last.pth.tar"), optimizer=optimizer, log_info=False)
+    torch.set_rng_state(state)
+    assert_same(train(task, optimizer, data[5:]), whole)
+
+
+def test_clipping_comes_too_early_for_rules_that_mix_the_first_gradient_in():
+    for name in ("gsamsgd", "wsamsgd", "fsamsgd", "looksamsgd"):
+        with pytest.raises(ValueError, match=r"Train without --clip-grad"):
+            optimizer_of(small_net(), name, clip_grad=1.0)
+    for name in ("samsgd", "momentumsamsgd", "kstepsamsgd"):
+        optimizer_of(small_net(), name, clip_grad=1.0)
 
 
 def test_a_grad_scaler_that_skips_steps_leaves_no_trace_in_the_next_one():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,13 +16,14 @@ from sharpness_plugins.batches import count_samples, map_tensors
 from sharpness_plugins.controller import BatchController
 from sharpness_plugins.losses import unwrap
 from sharpness_plugins.monitor import Measurement, gradient_norm
-from sharpness_plugins.optimizers import perturbed
+from sharpness_plugins.optimizers import Rule, SharpnessAware
 from sharpness_plugins.probe import probe_batches
 from sharpness_plugins.schedules import Progress
 
 from .lightning_auto import auto_fabric_callbacks
 from .lightning_versions import check_lightning
 from .monitoring import Monitoring, values_of
+from .sharpening import Radius, Sharpening
 
 check_lightning("lightning.fabric", "sharpness_adapters.fabric")
 
@@ -117,8 +119,9 @@ class FabricSharpnessCallback(Monitoring):
         self._restore()
 
     def _gap(self) -> float | None:
-        gap = None if self._optimizer is None else _gaps.get(self._optimizer)
-        return None if gap is None else distributed.sum_of(float(gap)) / distributed.world_size()
+        held = None if self._optimizer is None else vars(self._optimizer).get(_HELD)
+        gap = None if held is None else held[1].surrogate_gap
+        return None if gap is None else distributed.sum_of(gap) / distributed.world_size()
 
     def _restore(self) -> None:
         if self.monitor is not None and self._saved is not None:
@@ -136,40 +139,61 @@ class FabricSharpnessCallback(Monitoring):
             self._fabric.log_dict(values_of(measurement, self.prefix), step=measurement.step)
 
 
-_gaps: weakref.WeakKeyDictionary[Optimizer, Tensor] = weakref.WeakKeyDictionary()
+_HELD = "_sharpness_step"  # the attribute of an optimizer that holds what sam_step has put around it
 
 
 def sam_step(
     optimizer: Optimizer,
     closure: Callable[[], Tensor | None],
-    rho: float = 0.05,
+    rho: Radius | None = None,
     *,
     adaptive: bool = False,
+    rule: str | Rule = "sam",
+    interval: int = 1,
     module: nn.Module,
     clip: Callable[[], object] | None = None,
 ) -> Tensor | None:
-    """A sharpness-aware step: ``closure`` runs forward and ``fabric.backward`` for all micro-batches of a step, twice.
+    """A sharpness-aware step: ``closure`` runs forward and ``fabric.backward`` for all micro-batches of a step, as often as
+    the rule wants gradients.
 
-    The gradients before it must be zero or None; they are the second ones afterwards. Under a ``GradScaler`` both passes are
-    scaled, which the move does not see, and the step is skipped where one of them overflows.
+    The gradients before it do not count; they are the rule's afterwards. Under a ``GradScaler`` all passes are scaled, and
+    the step is skipped where one of them overflows. What the rule remembers is saved with the state of ``optimizer``, and
+    begins anew where a step asks for another rule.
 
     Args:
         closure: returns the loss, of which the ``surrogate_gap`` of a ``FabricSharpnessCallback`` is made, or None.
-        clip: called before the step, ``lambda: fabric.clip_gradients(module, optimizer, max_norm=1.0)``; clips the second
+        rho: radius; None for the rule's own: 0.05 for ``sam``, 0.5 for ``asam``.
+        adaptive: short for ``rule="asam"``.
+        rule: a name that ``sharpness list`` shows, and its settings, ``"gsam:alpha=0.3"``; or a ``Rule``.
+        interval: an ascent in each so-many-th step only.
+        clip: called before the step, ``lambda: fabric.clip_gradients(module, optimizer, max_norm=1.0)``; clips the rule's
             gradient only.
     Returns:
-        what ``closure`` returned the first time, the loss at the weights.
+        what ``closure`` returned the first time, the loss at the weights where the rule evaluates it there.
     """
-    loss = closure()
-    inner, _ = unwrap(module)
-    with perturbed(inner.parameters(), rho, adaptive=adaptive, module=inner):
-        uphill = closure()
+    sharp = _around(optimizer, Sharpening.read(rule, rho, interval, adaptive=adaptive), unwrap(module)[0])
+    loss: Tensor | None = sharp.gradient(closure)
     if clip is not None:
         clip()
-    if loss is not None and uphill is not None:
-        _gaps[getattr(optimizer, "optimizer", optimizer)] = uphill.detach() - loss.detach()
     optimizer.step()
     return loss
+
+
+def _around(optimizer: Any, wanted: Sharpening, module: nn.Module) -> SharpnessAware:
+    """The one of the step before, unless that followed another rule; numbers may be other ones in each step."""
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    is_number = wanted.rho is None or isinstance(wanted.rho, (int, float))
+    kind = replace(wanted, rho=None) if is_number else wanted
+    held: tuple[Sharpening, SharpnessAware] | None = vars(inner).get(_HELD)
+    if held is None or held[0] != kind:
+        precision = getattr(getattr(optimizer, "_strategy", None), "precision", None)
+        held = kind, kind.around(inner, module, scaler=getattr(precision, "scaler", None))
+        vars(inner)[_HELD] = held
+    if is_number:
+        for group in inner.param_groups:
+            if not group["rho_is_own"]:
+                group["rho"] = wanted.rule.default_rho if wanted.rho is None else wanted.rho
+    return held[1]
 
 
 def batches(fabric: Any, controller: BatchController, loader: Iterable[Any], module: Any = None) -> Iterator[Any]:

@@ -70,7 +70,8 @@ class SharpnessAware(OptimizerAround):
             sharp.give_up()                                                          # and clear .grad, say
 
     What the rule remembers, and the counters, move on when ``base`` has stepped, and stay where a ``GradScaler`` left the
-    step out. ``sharp.next_ascents`` says before a step whether its passes need to be kept for a replay at all.
+    step out. ``sharp.next_ascents`` says before a step whether its passes need to be kept for a replay at all, and
+    ``sharp.added_state()`` is what to save beside the state of ``base``.
 
     Micro-batches: ``step([closure, closure, ...])`` adds their gradients up, with one ascent for all; with ``m``, each has
     its own, and a ``BatchClosure`` is cut into parts of ``m`` samples first, so that m depends neither on the batch nor on
@@ -135,7 +136,7 @@ class SharpnessAware(OptimizerAround):
         self._group, self._scaler = process_group, scaler
         self._state: State = {}
         self._gap: Any = None
-        self._norm: Tensor | None = None
+        self._norm: Tensor | float | None = None
         self._is_evaluating = False
         super().__init__(base)
         self._modules = Modules(model)
@@ -202,6 +203,21 @@ class SharpnessAware(OptimizerAround):
                 for number, tensor in tensors.items()
             }
 
+    def added_state(self) -> dict[str, Any]:
+        """What ``state_dict`` adds to that of ``base``, and the last signals, for trainers that save that one themselves."""
+        return {**self._own_state(), "surrogate_gap": self.surrogate_gap, "gradient_norm": self.gradient_norm}
+
+    def load_added_state(self, added: Mapping[str, Any] | None) -> None:
+        """Go on from it, once ``base`` has its own state; None begins anew.
+
+        Raises:
+            ValueError: it is of another rule, or of a later version.
+        """
+        if added is not None:
+            self._check_own_state(added)
+        self._load_own_state(added)
+        self._gap, self._norm = ((added or {}).get(name) for name in ("surrogate_gap", "gradient_norm"))
+
     def __repr__(self) -> str:
         settings = "".join(
             f", {name}={value!r}" for name, value in (("m", self.m), ("interval", self.interval)) if value not in (None, 1)
@@ -226,9 +242,14 @@ class SharpnessAware(OptimizerAround):
         """The loss after the last ascent minus the loss before it, as closures returned them; costs no pass over data.
 
         None before the first, and where nothing was returned or nothing evaluated before. Waits for the device. A signal for
-        ``SharpnessMonitor(signals={"surrogate_gap": lambda: optimizer.surrogate_gap})``.
+        ``SharpnessMonitor(signals={"surrogate_gap": lambda: optimizer.surrogate_gap})``. Adapters, which see the losses that
+        this class does not, assign it after the passes.
         """
         return None if self._gap is None else float(self._gap)
+
+    @surrogate_gap.setter
+    def surrogate_gap(self, gap: Tensor | float | None) -> None:
+        self._gap = gap
 
     @property
     def gradient_norm(self) -> float | None:

@@ -39,7 +39,7 @@ class SharpnessCallback(Attachable):
     Under mixed precision the model is measured without autocast.
 
     With each measurement go ``gradient_norm``, the norm of the gradient that the last step took, and where the trainer has a
-    ``SAMCallback`` that of the first of its two, and its ``surrogate_gap``.
+    ``SAMCallback`` its ``surrogate_gap``, and the norm of the first of its two where its rule follows that in each step.
 
     Given as ``callbacks=[...]`` instead of attached, it does all of this except for logging and SAM's signals.
 
@@ -117,10 +117,9 @@ class SharpnessCallback(Attachable):
         trainer = self._trainer
         for callback in () if trainer is None else trainer.callback_handler.callbacks:
             if isinstance(callback, SAMCallback):
-                signals |= {
-                    "gradient_norm": callback.gradient_norm,
-                    "surrogate_gap": partial(_over_ranks, callback.surrogate_gap),
-                }
+                signals["surrogate_gap"] = partial(_over_ranks, callback.surrogate_gap)
+                if callback.follows_gradient:
+                    signals["gradient_norm"] = callback.gradient_norm
         return signals
 
     def _began(self, args: Any, state: Any, control: Any, kwargs: dict[str, Any]) -> None:

@@ -31,9 +31,9 @@ class SharpnessCallback(Monitoring, Callback):
     values go to the trainer's loggers when they are measured, and as ``sharpness/<metric>`` to ``log`` in every epoch,
     so that ``ModelCheckpoint(monitor="sharpness/hessian_topk")`` and ``EarlyStopping`` find them.
 
-    With them go ``gradient_norm``, the norm of the gradient that the last step took (with a ``SAMCallback`` of the first of
-    its two), the ``surrogate_gap`` of a ``SAMCallback``, and the ``gradient_noise_scale`` where ``noise_scale`` is set or a
-    ``BatchSizeCallback`` looks at it.
+    With them go ``gradient_norm``, the norm of the gradient that the last step took (with a ``SAMCallback`` whose rule
+    follows the gradient in each step, of the first of its two), the ``surrogate_gap`` of a ``SAMCallback``, and the
+    ``gradient_noise_scale`` where ``noise_scale`` is set or a ``BatchSizeCallback`` looks at it.
 
     Args:
         metrics: as for ``measure_sharpness``; a name may carry settings, ``"hessian_topk:k=1"``.
@@ -185,7 +185,8 @@ def _free_signals(trainer: Any, module: LightningModule) -> dict[str, Any]:
     for callback in trainer.callbacks:
         if isinstance(callback, SAMCallback):
             found["surrogate_gap"] = callback.gap_over_ranks
-            found["gradient_norm"] = lambda sam=callback: sam.gradient_norm
+            if callback.follows_gradient:
+                found["gradient_norm"] = lambda sam=callback: sam.gradient_norm
         if isinstance(callback, BatchSizeCallback):
             found[NOISE] = callback.noise_scale
     return found

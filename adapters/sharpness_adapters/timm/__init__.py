@@ -1,8 +1,9 @@
-"""timm: SAM around any of its optimizers, and measuring, on an unmodified train.py.
+"""timm: SAM and its relatives around any of its optimizers, and measuring, on an unmodified train.py.
 
 ``python train.py ... --device-modules sharpness_adapters.timm --opt samsgd --opt-kwargs rho=0.1`` imports this module before
-anything is built, which offers the optimizers; with ``SHARPNESS_METRICS="epsilon_box hessian_topk:k=1"`` in the
-environment it also measures (``Settings.from_environment``). ``sharpness-timm train.py ...`` changes batch sizes as well.
+anything is built, which offers the optimizers, ``gsamadamw``, ``looksamsgd`` and so on among them; with
+``SHARPNESS_METRICS="epsilon_box hessian_topk:k=1"`` in the environment it also measures (``Settings.from_environment``).
+``sharpness-timm train.py ...`` changes batch sizes as well.
 """
 
 from __future__ import annotations

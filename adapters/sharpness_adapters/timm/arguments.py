@@ -34,7 +34,9 @@ def check_optimizer_name() -> None:
     """
     name = str(script_arguments().get("opt", "")).lower()
     *before, base = name.split("_")
-    if {"sam", "asam"} & set(before):
+    if any(part.endswith("sam") for part in before):
+        outer = "lookahead_" if "lookahead" in before else ""
+        rule = "".join(part for part in before if part != "lookahead")
         raise ValueError(
-            f"--opt {name} would train with plain {base}, as timm keeps what follows the last _. Write sam{base}"
+            f"--opt {name} would train with plain {base}, as timm keeps what follows the last _. Write {outer}{rule}{base}"
         )
