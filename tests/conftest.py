@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start; more would wait for each other
 
 with warnings.catch_warnings():

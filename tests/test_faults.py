@@ -380,17 +380,20 @@ def test_ctrl_c_ends_what_hangs(tmp_path: Path, where, loop, command):
     (tmp_path / "sp_hanging.py").write_text(HANGING.format(where=where, loop=loop))
     (tmp_path / "setup.py").write_text(SETUP)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "sharpness_plugins", *command],
         env={**os.environ, "PYTHONPATH": path},
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout.readline() == "hanging\n"
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    ) as process:
+        try:
+            assert process.stdout.readline() == "hanging\n"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, errors
     assert "interrupted" in errors
     assert "Traceback" not in errors
