@@ -438,6 +438,15 @@ def test_sam_that_does_not_move_is_the_training_without_it():
     assert not torch.allclose(weights(model), weights(twin))
 
 
+@pytest.mark.parametrize("rule", ["random_sam", "momentum_sam"])
+def test_statistics_see_the_trainers_first_pass_and_no_other_where_a_rule_needs_none(rule):
+    model, twin = Net(batch_norm=True), Net(batch_norm=True)
+    fit(model, Data(), [SAMCallback(rho=0.0, rule=rule)])
+    fit(twin, Data())
+    for name, value in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
 def test_sam_in_bf16_trains_and_logs_once():
     model = Net()
     fit(model, Data(), [SAMCallback(rho=0.2)], precision="bf16-mixed")

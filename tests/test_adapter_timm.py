@@ -314,6 +314,16 @@ def test_every_rule_is_the_cores_own_loop(rule):
         assert second_pass.surrogate_gap() == pytest.approx(reference.surrogate_gap, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["randomsamsgd", "momentumsamsgd"])
+def test_radius_zero_of_other_rules_is_the_optimizer_itself(name):
+    states = []
+    for which, settings in (("sgd", {}), (name, {"rho": 0.0})):
+        model = small_net(dropout=0.3)
+        torch.manual_seed(3)
+        states.append(train(task_of(model), optimizer_of(model, which, **settings), batches(8), accumulate=2))
+    assert_same(*states)
+
+
 @pytest.mark.parametrize(("name", "settings", "ascents"), [("samsgd", {"interval": 2}, 3), ("looksamsgd", {"rule_k": 3}, 2)])
 def test_steps_without_an_ascent_cost_one_pass(name, settings, ascents):
     model, passes, kept = small_net(), [], []
@@ -377,6 +387,28 @@ def test_a_grad_scaler_that_skips_steps_leaves_no_trace_in_the_next_one():
         states.append(state)
     for name in states[0]:
         torch.testing.assert_close(states[0][name], states[1][name], rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["samsgd", "fsamsgd"])
+def test_a_second_gradient_that_overflows_leaves_the_step_to_the_first_one(name):
+    class Cliff(SmallNet):
+        """Overflows uphill only."""
+
+        def forward(self, x):
+            return super().forward(x) * (1.0 if torch.equal(self.conv.weight, self.start) else torch.inf)
+
+    states = []
+    for which in ("sgd", name):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = Cliff(norm=False)
+        model.start = model.conv.weight.detach().clone()
+        optimizer, scaler = optimizer_of(model, which), NativeScaler(device="cpu")
+        scaler._scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        states.append(train(task_of(model), optimizer, batches(1), autocast=torch.float16, scaler=scaler))
+    assert_same(*states)
+    assert second_pass_of(optimizer)._sharp.num_steps == 0  # and the rule remembers nothing of it
+    assert not optimizer.state_dict()["param_groups"][0]["sharpness_aware"]["state"]
 
 
 def test_what_cannot_be_repeated_is_said():
