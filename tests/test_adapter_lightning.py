@@ -195,6 +195,19 @@ def test_training_with_measuring_is_training_without_it(precision, extra):
     assert history[-1].samples == num_steps * 8 * extra.get("accumulate_grad_batches", 1)
 
 
+def test_over_300_steps_too():
+    results = []
+    for callbacks in ([], [measuring(every="37 steps")]):
+        model = Net(dropout=0.3, batch_norm=True)
+        torch.manual_seed(1)
+        fit(model, Data(shuffle=True, validation=True), callbacks, epochs=25)
+        results.append((weights(model), torch.get_rng_state(), model.seen))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert results[0][2].__dict__ == results[1][2].__dict__
+    assert [m.step for m in callbacks[0].monitor.history] == [0, *range(37, 301, 37)]
+
+
 def test_persistent_workers_do_not_lose_or_repeat_a_batch():  # an inner pass over the loader made 10 batches into 13
     model = Net()
     fit(model, Data(num_samples=40, num_workers=1, persistent_workers=True), [measuring(every="1 step")], epochs=2)
