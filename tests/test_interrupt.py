@@ -430,8 +430,9 @@ RANKS = """
         report = measure_sharpness(
             problem.model, problem.loader(13, 27), ["hessian_topk", many, "epsilon_box"], progress=slow, **{limits}
         )
-        print(rank, report.stopped, [(str(r.status.kind), r.value) for r in report.values()], sep="|", flush=True)
-        torch.distributed.destroy_process_group()
+        told = [(str(r.status.kind), r.value) for r in report.values()]
+        os.write(1, f"{{rank}}|{{report.stopped}}|{{told}}\\n".encode())  # at once, or two ranks' lines would mix
+        torch.distributed.barrier()
 
     children = []
     for rank in range(2):
