@@ -411,6 +411,20 @@ def test_a_second_gradient_that_overflows_leaves_the_step_to_the_first_one(name)
     assert not optimizer.state_dict()["param_groups"][0]["sharpness_aware"]["state"]
 
 
+@pytest.mark.parametrize("name", ["samsgd", "fsamsgd"])
+def test_a_fused_optimizer_that_unscales_by_itself_gets_scaled_gradients(name):
+    """As a GradScaler leaves them to it where nothing is clipped; float16's rounding apart, the steps of the plain one."""
+    states = []
+    for fused in (False, True):
+        model = small_net(norm=False)
+        optimizer = optimizer_of(model, name, fused=fused)
+        scaler = NativeScaler(device="cpu")
+        scaler._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        states.append(train(task_of(model), optimizer, batches(6), autocast=torch.float16, scaler=scaler))
+    for key in states[0]:
+        torch.testing.assert_close(states[0][key], states[1][key], rtol=1e-3, atol=1e-4)
+
+
 def test_what_cannot_be_repeated_is_said():
     model = small_net()
     optimizer = optimizer_of(model, "samsgd")

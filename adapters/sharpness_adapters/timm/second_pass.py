@@ -112,7 +112,7 @@ class SecondPass:
             self._sharp = self._begin(optimizer)
         self._in_step = True
         with unnoticed(), torch.enable_grad():
-            self._make_gradient(self._sharp, calls)
+            self._make_gradient(self._sharp, calls, getattr(optimizer, "grad_scale", None))
 
     def _begin(self, optimizer: Optimizer) -> SharpnessAware:
         """At the first step, as nobody knows before it which model is trained; a checkpoint was loaded by then."""
@@ -127,7 +127,8 @@ class SecondPass:
         self._in_step = False
         self._recorder.keep_inputs = self._sharp.next_ascents > 0
 
-    def _make_gradient(self, sharp: SharpnessAware, calls: list[Call]) -> None:
+    def _make_gradient(self, sharp: SharpnessAware, calls: list[Call], grad_scale: Tensor | None) -> None:
+        """``grad_scale`` is what a fused optimizer divides by itself: a GradScaler has then left the gradients scaled."""
         task = self._recorder.task
         assert task is not None
         module = task.get_trainable_module()
@@ -135,10 +136,10 @@ class SecondPass:
         first = [_aside(parameter.grad) for parameter in self._parameters] if is_half and sharp.next_ascents else []
         scales = torch.stack([call.scale for call in calls if call.scale is not None]).double()
         losses: list[Tensor] = []
-        for ascent in sharp.ascents(scale=1.0, evaluated=True):  # a GradScaler has unscaled the first gradient
+        for ascent in sharp.ascents(scale=1.0 if grad_scale is None else grad_scale, evaluated=True):
             with ascent:
                 losses = _repeat(task, module, calls)
-                if is_half:
+                if is_half and grad_scale is None:
                     self._unscale(scales.sum())
         if not losses:
             return
