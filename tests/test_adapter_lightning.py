@@ -484,6 +484,23 @@ def test_sam_under_a_grad_scaler():  # closure-SAM raises: the scaler passes no 
     torch.testing.assert_close(weights(model), weights(twin), rtol=0.05, atol=0.02)
 
 
+@pytest.mark.parametrize("rule", ["sam", "gsam", "fsam"])
+def test_a_fused_optimizer_under_a_grad_scaler_divides_by_itself(rule):
+    """Lightning leaves its gradients scaled; a scale of 256 is exact but for what float16 rounds."""
+    found = []
+    for fused in (False, True):
+
+        class Fused(Net):
+            def configure_optimizers(self, fused=fused):
+                return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, fused=fused)
+
+        model = Fused()
+        plugin = MixedPrecision("16-mixed", "cpu", scaler=Scaler(init_scale=2.0**8))
+        fit(model, Data(), [SAMCallback(rho=0.2, rule=rule)], plugins=[plugin], accumulate_grad_batches=2)
+        found.append(weights(model))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
 def test_steps_that_the_scaler_skips_leave_the_weights_and_are_not_counted():
     model, before = Net(lr=0.1), weights(Net())
     sam, sizes = SAMCallback(), BatchSizeCallback("8")

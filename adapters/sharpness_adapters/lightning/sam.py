@@ -104,10 +104,13 @@ class SAMCallback(Callback):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if sharp is None or all(parameter.grad is None for parameter in parameters):
             return
-        scale, is_scaled = scale_of(trainer), scaler_of(trainer) is not None
+        scale = scale_of(trainer)
+        # Lightning has unscaled the first gradient, except for fused optimizers, which divide in their step
+        divides = getattr(optimizer, "_step_supports_amp_scaling", False)
+        is_scaled = scaler_of(trainer) is not None and not divides
         gap: Tensor | None = None
         with torch.enable_grad(), beside_training(pl_module):
-            for ascent in sharp.ascents(scale=1.0, evaluated=True):  # Lightning has unscaled the first gradient
+            for ascent in sharp.ascents(scale=scale if divides else 1.0, evaluated=True):
                 with ascent as move:
                     if is_scaled and not torch.isfinite(move.norm):
                         continue  # the scaler has seen it, and skips the step
