@@ -17,6 +17,7 @@ from .distributed import Ranks, resolve_ranks, world_size
 from .errors import RemoteFailureError
 from .evaluation import Evaluator, LossSums, joined, mean_of
 from .hvp import HessianProducts
+from .layout import WHOLE, Layout
 from .losses import LossFn, LossRule, OtherLossError, PluginRule, resolve_loss, unwrap
 from .memory import MemoryBudget
 from .micro_batches import MicroBatches, Part
@@ -69,6 +70,7 @@ class Objective:
         ranks: see ``measure_sharpness``.
     Attributes:
         space: the selected parameters; ``origin``: their trained values, shape ``(dim,)``.
+        layout: how the vectors lie: whole on every rank, or in shards.
         loss: mean loss at the origin.
         loss_rule: the sentence that says how the loss was found.
         cost: work done so far.
@@ -134,6 +136,7 @@ class Objective:
                 self._modules = [self.module, *(part for part in (criterion, loss_fn) if isinstance(part, nn.Module))]
                 with torch.inference_mode(False):
                     self.space = ParameterSpace(self.module, select, device=None if device is None else torch.device(device))
+                self.layout: Layout = WHOLE
                 self.device = self.space.device
                 if self.device.type == "mps":
                     raise ValueError(

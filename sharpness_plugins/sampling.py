@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ __all__ = [
     "normal",
     "permutation",
     "philox",
+    "pieces_of_normal",
+    "pieces_of_uniform",
     "rng_states",
     "seed_global",
     "set_generator_states",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _MASK = 0xFFFFFFFF
+_CHUNK = 2**20  # numbers, a multiple of 16
 
 
 def key_for(seed: int, *names: str | int) -> int:
@@ -52,6 +55,35 @@ def normal(dim: int, generator: torch.Generator, like: Tensor) -> Tensor:
 def uniform(dim: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """Vector uniform in [-1, 1), shape ``(dim,)``, with the dtype and device of ``like``."""
     return torch.rand(dim, generator=generator, dtype=like.dtype).mul_(2).sub_(1).to(like.device)
+
+
+def pieces_of_normal(dim: int, ranges: Sequence[tuple[int, int]], generator: torch.Generator, like: Tensor) -> Tensor:
+    """What ``normal`` would draw at the positions ``[start, stop)`` of each range, in order, without room for the rest."""
+    return _pieces(torch.randn, dim, ranges, generator, like)
+
+
+def pieces_of_uniform(dim: int, ranges: Sequence[tuple[int, int]], generator: torch.Generator, like: Tensor) -> Tensor:
+    """What ``uniform`` would draw at the positions ``[start, stop)`` of each range, in order, without room for the rest."""
+    return _pieces(torch.rand, dim, ranges, generator, like).mul_(2).sub_(1)
+
+
+def _pieces(
+    draw: Callable[..., Tensor], dim: int, ranges: Sequence[tuple[int, int]], generator: torch.Generator, like: Tensor
+) -> Tensor:
+    """Drawn by chunks: torch makes normal numbers sixteen at a time, and redraws the last sixteen of a call that ends between."""
+    answer, filled, waiting, begin = like.new_empty(sum(b - a for a, b in ranges)), 0, list(ranges), 0
+    while begin < dim:
+        end = begin + _CHUNK if dim - begin >= _CHUNK + 16 else dim
+        chunk = draw(end - begin, generator=generator, dtype=like.dtype)
+        while waiting and waiting[0][0] < end:
+            start, stop = waiting.pop(0)
+            piece = chunk[start - begin : min(stop, end) - begin]
+            answer[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            if stop > end:
+                waiting.insert(0, (end, stop))
+        begin = end
+    return answer
 
 
 def permutation(num_samples: int, generator: torch.Generator) -> Tensor:
