@@ -70,7 +70,7 @@ def pieces_of_uniform(dim: int, ranges: Sequence[tuple[int, int]], generator: to
 def _pieces(
     draw: Callable[..., Tensor], dim: int, ranges: Sequence[tuple[int, int]], generator: torch.Generator, like: Tensor
 ) -> Tensor:
-    """Drawn by chunks: torch makes normal numbers sixteen at a time, and redraws the last sixteen of a call that ends between."""
+    """By chunks of sixteens, which torch draws normal numbers in; of a call that ends between, it draws the last anew."""
     answer, filled, waiting, begin = like.new_empty(sum(b - a for a, b in ranges)), 0, list(ranges), 0
     while begin < dim:
         end = begin + _CHUNK if dim - begin >= _CHUNK + 16 else dim
