@@ -615,9 +615,12 @@ class Objective:
     def _keep_whole_where_pieces_differ(self) -> None:
         """Of a batch that was cut for the ranks, the pieces must have the loss of the whole."""
         whole, self._source.uncut = self._source.uncut, None
+        if not self.layout.is_whole and not all(self.ranks.gather(whole is not None)):
+            whole = None  # nothing that all ranks could evaluate
+        together = Ranks() if self.layout.is_whole else self.ranks
         may = whole is None or (
             self._whole_batches_only() is None
-            and agreement.is_sum_of_pieces(self._evaluator, whole, self.ranks.size, self._seed)
+            and agreement.is_sum_of_pieces(self._evaluator, whole, self.ranks.size, self._seed, together)
         )
         if not all(self.ranks.gather(may and not self._whole_batches_only())):
             self._source.keep_whole()

@@ -193,15 +193,19 @@ class Stream:
         weights: list[Tensor] = (
             list(_Gather.apply(self, index, found[:count], *(pieces[p] for p in unit.selected))) if count else []
         )
-        for i, tensor in enumerate([*weights, *found[count:]]):
-            reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-            self._known[reference.cdata] = (reference, index, i)
+        self._know(index, found)
         converted = [self._space.convert(tensor, p) for tensor, p in zip(weights, unit.selected, strict=True)]
         return converted + found[count:]
 
     def _announced(self, index: int) -> list[Tensor]:
         self.ranks.next_step(Step(WEIGHTS, index))
         return self._send_weights(self._space.units[index])
+
+    def _know(self, index: int, weights: list[Tensor]) -> None:
+        """What autograd saves of these tensors, it need not keep."""
+        for i, tensor in enumerate(weights):
+            reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            self._known[reference.cdata] = (reference, index, i)
 
     def _send_weights(self, unit: Unit) -> list[Tensor]:
         assert self._pieces is not None
@@ -226,6 +230,7 @@ class Stream:
             if self._recent is None or self._recent[0] != saved.unit:
                 self._recent = None  # before the next one comes
                 self._recent = (saved.unit, self._announced(saved.unit))
+                self._know(*self._recent)  # a first backward pass saves them for the second
             weights = self._recent[1]
         return weights[saved.position].as_strided(saved.size, saved.stride, saved.offset)
 
