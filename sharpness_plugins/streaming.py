@@ -71,8 +71,9 @@ class Stream:
         self._pieces: tuple[Tensor, ...] | None = None
         self._held: dict[int, list[Tensor]] = {}
         self._left = 0  # of hold_bytes
-        self._recent: tuple[int, list[Tensor]] | None = None  # a unit that was gathered again
+        self._recent: tuple[int, list[Tensor]] | None = None  # the unit that was gathered last
         self._known: dict[int, tuple[StorageWeakRef, int, int]] = {}  # storages of gathered weights
+        self._inside: list[tuple[nn.Module, bool]] = []  # modules that compute now, and whether they put weights in place
         self._outside: list[list[Tensor | nn.Parameter]] = [[] for _ in space.units]  # what stood where weights are now
 
     # ------------------------------------------------------------------ a pass
@@ -90,8 +91,10 @@ class Stream:
         try:
             self._pieces, self._left = torch.split(flat, self._space.numels), self.hold_bytes
             for index, unit in enumerate(self._space.units[1:], 1):
-                handles.append(unit.module.register_forward_pre_hook(self._entering(index), prepend=True))
-                handles.append(unit.module.register_forward_hook(self._leaving(index), always_call=True))
+                # of what is inside, too: a checkpointed part runs again in the backward pass, without the unit around it
+                for module in dict.fromkeys([unit.module, *(slot.module for slot in unit.slots)]):
+                    handles.append(module.register_forward_pre_hook(self._entering(index), prepend=True))
+                    handles.append(module.register_forward_hook(self._leaving(index), always_call=True))
             with saved_tensors_hooks(self._pack, self._unpack):
                 self._enter(0)
                 try:
@@ -107,6 +110,7 @@ class Stream:
             for handle in handles:
                 handle.remove()
             self._pieces, self._recent = None, None
+            self._inside.clear()
             self._held.clear()
             self._known.clear()
 
@@ -152,19 +156,22 @@ class Stream:
 
     def _entering(self, index: int) -> Any:
         def enter(module: nn.Module, args: Any) -> None:
-            self._enter(index)
+            self._inside.append((module, not self._outside[index]))
+            if self._inside[-1][1]:
+                self._enter(index)
 
         return enter
 
     def _leaving(self, index: int) -> Any:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self._leave(index)
+            if self._inside and self._inside[-1][0] is module and self._inside.pop()[1]:
+                self._leave(index)
 
         return leave
 
     def _enter(self, index: int) -> None:
         unit = self._space.units[index]
-        if not unit.slots or self._outside[index]:  # it calls itself
+        if not unit.slots:
             return
         weights = dict(
             zip([*(self._space.names[p] for p in unit.selected), *unit.constants], self._weights(index), strict=True)
@@ -182,30 +189,30 @@ class Stream:
         """The whole weights of a unit, the selected ones differentiable."""
         unit, pieces = self._space.units[index], self._pieces
         assert pieces is not None
-        found = self._held.get(index)
-        if found is None:
-            found = self._announced(index)
-            taken = sum(tensor.nbytes for tensor in found)
-            if taken <= self._left:
-                self._held[index] = found
-                self._left -= taken
+        found = self._gathered(index)
+        taken = sum(tensor.nbytes for tensor in found)
+        if index not in self._held and taken <= self._left:
+            self._held[index] = found
+            self._left -= taken
         count = len(unit.selected)
         weights: list[Tensor] = (
             list(_Gather.apply(self, index, found[:count], *(pieces[p] for p in unit.selected))) if count else []
         )
-        self._know(index, found)
         converted = [self._space.convert(tensor, p) for tensor, p in zip(weights, unit.selected, strict=True)]
         return converted + found[count:]
 
-    def _announced(self, index: int) -> list[Tensor]:
-        self.ranks.next_step(Step(WEIGHTS, index))
-        return self._send_weights(self._space.units[index])
-
-    def _know(self, index: int, weights: list[Tensor]) -> None:
-        """What autograd saves of these tensors, it need not keep."""
-        for i, tensor in enumerate(weights):
-            reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-            self._known[reference.cdata] = (reference, index, i)
+    def _gathered(self, index: int) -> list[Tensor]:
+        """The whole weights of a unit, gathered if they are not here."""
+        if (held := self._held.get(index)) is not None:
+            return held
+        if self._recent is None or self._recent[0] != index:
+            self._recent = None  # before the next one comes
+            self.ranks.next_step(Step(WEIGHTS, index))
+            self._recent = (index, self._send_weights(self._space.units[index]))
+            for i, tensor in enumerate(self._recent[1]):
+                reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+                self._known[reference.cdata] = (reference, index, i)
+        return self._recent[1]
 
     def _send_weights(self, unit: Unit) -> list[Tensor]:
         assert self._pieces is not None
@@ -225,14 +232,8 @@ class Stream:
     def _unpack(self, saved: Any) -> Tensor:
         if not isinstance(saved, _Saved):
             return saved  # type: ignore[no-any-return]
-        weights = self._held.get(saved.unit)
-        if weights is None:
-            if self._recent is None or self._recent[0] != saved.unit:
-                self._recent = None  # before the next one comes
-                self._recent = (saved.unit, self._announced(saved.unit))
-                self._know(*self._recent)  # a first backward pass saves them for the second
-            weights = self._recent[1]
-        return weights[saved.position].as_strided(saved.size, saved.stride, saved.offset)
+        weight = self._gathered(saved.unit)[saved.position]
+        return weight.as_strided(saved.size, saved.stride, saved.offset)
 
     # ------------------------------------------------------------------ collectives
 
