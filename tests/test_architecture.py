@@ -19,6 +19,7 @@ LAYERS = {
     "errors": 0,
     "expected": 0,
     "interrupts": 0,
+    "layout": 0,
     "memory": 0,
     "progress": 0,
     "report": 0,
@@ -86,6 +87,7 @@ LAYERS = {
 }
 SAME_LAYER = {  # who may import whom beside itself; everything else in a layer stands alone
     "distributed": {"errors"},
+    "layout": {"distributed", "reductions", "sampling"},
     "report": {"errors", "schema"},
     "reductions": {"sampling"},
     "stopping": {"errors"},
