@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -630,7 +631,7 @@ def lose_a_rank(rank: int, world_size: int, how: str) -> str:
 # ---------------------------------------------------------------------- who starts them
 
 
-def on_rank(rank: int, world_size: int, folder: str, names: list[str], timeout: float) -> None:
+def on_rank(rank: int, world_size: int, folder: str, names: list[str], timeout: float, checks: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
@@ -642,7 +643,7 @@ def on_rank(rank: int, world_size: int, folder: str, names: list[str], timeout: 
             if name in DEATHS:
                 found[name] = lose_a_rank(rank, world_size, name)
             else:
-                found[name] = CHECKS[name](rank, world_size)
+                found[name] = importlib.import_module(checks).CHECKS[name](rank, world_size)
         except Exception:
             found[name] = {"error": traceback.format_exc()}
         found[f"{name} seconds"] = time.monotonic() - began
@@ -654,12 +655,16 @@ def on_rank(rank: int, world_size: int, folder: str, names: list[str], timeout: 
         os._exit(0)  # a broken group may not be destroyed
 
 
-def start(world_size: int, folder: Path, names: list[str], *, timeout: float = 60.0) -> list[Any]:
+def start(
+    world_size: int, folder: Path, names: list[str], *, timeout: float = 60.0, checks: str = "rank_checks"
+) -> list[Any]:
+    """Processes that run checks of a module, by their names."""
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "rank_checks"])
     folder.mkdir()
     processes = [
-        context.Process(target=on_rank, args=(rank, world_size, str(folder), names, timeout)) for rank in range(world_size)
+        context.Process(target=on_rank, args=(rank, world_size, str(folder), names, timeout, checks))
+        for rank in range(world_size)
     ]
     for process in processes:
         process.start()
