@@ -1,4 +1,4 @@
-"""What every rank of a group does in ``test_layout``: checks by name that return JSON, and who starts the ranks.
+"""What every rank of a group does in ``test_layout``: checks by name that return JSON.
 
 Each check does the same on whole vectors and on shards of them and tells how far apart the answers are.
 """
@@ -7,14 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
-import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import rank_checks
-from sharpness_plugins import maximizers
+import shard_checks
+from sharpness_plugins import maximizers, measure_sharpness, sharded
 from sharpness_plugins.basis import STORAGES, Basis
 from sharpness_plugins.distributed import Ranks
-from sharpness_plugins.errors import LostRankError
 from sharpness_plugins.krylov import WHICH, LanczosRequest
 from sharpness_plugins.lanczos import lanczos
 from sharpness_plugins.layout import WHOLE, Layout, Shards
@@ -553,6 +548,36 @@ def told(result: MetricResult) -> dict[str, Any]:
     return {"value": result.value, "error": result.standard_error, "kind": str(result.status.kind), **result.details}
 
 
+REAL: dict[str, Any] = {
+    "epsilon_box": EpsilonBox(sketch_samples=40),
+    "epsilon_box_eigenvectors": EpsilonBox(max_targets=0, eigenvectors=1),
+    "epsilon_box_spectral": EpsilonBox(maximizer="spectral_projected_gradient"),
+    "hessian_topk": HessianTopK(k=2),
+    "block": HessianTopK(k=2, select=("2.*", "4.bias")),
+    "adaptive_topk": AdaptiveTopK(k=1),
+    "hessian_bottom": HessianBottom(),
+    "hessian_trace": HessianTrace(),
+    "xtrace": HessianTrace(method="xtrace"),
+    "hessian_frobenius": HessianFrobenius(),
+    "spectral_density": SpectralDensity(),
+    "gauss_newton_topk": "gauss_newton_topk",
+    "random_subspace": "random_subspace",
+    "lbfgsb": EpsilonBox(maximizer="lbfgsb"),
+}
+
+
+def check_real(rank: int, world_size: int) -> dict[str, Any]:
+    """A network of ``fully_shard``, as if its gathered weights did not fit."""
+    model = shard_checks.sharded("blocks")
+    chosen = REAL if world_size == 2 else {key: REAL[key] for key in ("epsilon_box", "hessian_topk", "block")}
+    fits, sharded.fits_gathered = sharded.fits_gathered, lambda *args: False
+    try:
+        with rank_checks.quiet():
+            return rank_checks.told(measure_sharpness(model, rank_checks.own_part(rank, world_size), chosen))
+    finally:
+        sharded.fits_gathered = fits
+
+
 # ---------------------------------------------------------------------- work and failures
 
 
@@ -645,33 +670,3 @@ def check_failures(rank: int, world_size: int) -> dict[str, str]:
 CHECKS: dict[str, Callable[[int, int], Any]] = {
     name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")
 }
-
-
-def on_rank(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
-    found: dict[str, Any] = {}
-    for name, check in CHECKS.items():
-        began = time.monotonic()
-        try:
-            found[name] = check(rank, world_size)
-        except LostRankError:
-            raise
-        except Exception:
-            found[name] = {"failed": traceback.format_exc()}
-        found[f"{name} seconds"] = time.monotonic() - began
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def start(world_size: int, folder: Path) -> list[Any]:
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "layout_checks"])
-    folder.mkdir()
-    processes = [context.Process(target=on_rank, args=(rank, world_size, str(folder))) for rank in range(world_size)]
-    for process in processes:
-        process.start()
-    return processes

@@ -94,7 +94,6 @@ SAME_LAYER = {  # who may import whom beside itself; everything else in a layer 
     "layout": {"distributed", "reductions", "sampling"},
     "report": {"errors", "schema"},
     "reductions": {"sampling"},
-    "layout": {"distributed", "reductions", "sampling"},
     "stopping": {"errors"},
     "steps": {"state_file"},
     "batches": set(),

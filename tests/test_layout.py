@@ -14,6 +14,7 @@ from torch import Tensor
 
 import layout_checks
 import rank_checks
+import shard_checks
 from sharpness_plugins import MetricResult, PluginWarning, measure_sharpness, metric
 from sharpness_plugins import measure as measure_module
 from sharpness_plugins.distributed import Ranks
@@ -25,6 +26,7 @@ from sharpness_plugins.operators import Curvature
 from sharpness_plugins.specs import works_on_shards
 
 SIZES = [2, 4]
+SHARDS_ON_CPU = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 7)
 
 Found = list[dict[str, Any]]
 
@@ -35,7 +37,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
     found = {}
     for size in SIZES:
         folder: Path = tmp_path_factory.mktemp("layout") / str(size)
-        processes = layout_checks.start(size, folder)
+        names = [name for name in layout_checks.CHECKS if SHARDS_ON_CPU or name != "real"]
+        processes = rank_checks.start(size, folder, names, checks="layout_checks", timeout=100)
         for process in processes:
             process.join(timeout=240)
         assert [process.exitcode for process in processes] == [0] * size
@@ -46,7 +49,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
 def of(told: dict[int, Found], size: int, name: str) -> list[Any]:
     answers = [rank[name] for rank in told[size]]
     for answer in answers:
-        assert "failed" not in answer, answer["failed"]
+        assert "error" not in answer, answer["error"]
     return answers
 
 
@@ -168,6 +171,26 @@ def test_every_metric_is_that_of_whole_vectors(told, size):
     for answer in of(told, size, "metrics"):
         assert len(answer) == (17 if size == 2 else 3)
         assert not far_apart(answer, 1e-10)
+
+
+@pytest.mark.skipif(not SHARDS_ON_CPU, reason="torch 2.6 runs fully_shard on accelerators only")
+@pytest.mark.parametrize("size", SIZES)
+def test_a_network_in_shards_is_measured_as_in_one_process(told, size):
+    answers = of(told, size, "real")
+    assert all(answer["results"] == answers[0]["results"] for answer in answers)
+    refused = ("gauss_newton_topk", "random_subspace", "lbfgsb")
+    asked = {key: layout_checks.REAL[key] for key in answers[0]["results"] if key not in refused}
+    report = measure_sharpness(shard_checks.plain("blocks"), rank_checks.whole(), asked)
+    for key, found in answers[0]["results"].items():
+        if key in refused:
+            assert found["status"]["kind"] == "failed", key
+            assert "shards over the ranks" in found["status"]["message"], key
+            continue
+        expected = report[key]
+        assert found["status"]["kind"] == str(expected.status.kind), (key, found["status"]["message"])
+        assert found["value"] == pytest.approx(expected.value, rel=1e-9), key
+        if expected.standard_error is not None:
+            assert found["standard_error"] == pytest.approx(expected.standard_error, rel=1e-7), key
 
 
 # ---------------------------------------------------------------------- work and failures
