@@ -10,10 +10,11 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from . import reductions, sampling, steps
+from . import reductions, steps
 from .basis import Basis
 from .errors import MeasurementStopped
 from .krylov import LanczosResult
+from .layout import WHOLE, Layout
 from .memory import MemoryBudget
 
 __all__ = ["Estimate", "Probes", "hutch_pp", "mean_of", "on_sphere", "signs", "xtrace"]
@@ -57,15 +58,15 @@ def mean_of(samples: Tensor, offset: float = 0.0) -> Estimate:
     return Estimate(offset + samples.mean().item(), error, count - 1)
 
 
-def signs(like: Tensor, generator: torch.Generator) -> Tensor:
+def signs(like: Tensor, generator: torch.Generator, layout: Layout = WHOLE) -> Tensor:
     """A vector of ±1 with the shape, dtype and device of ``like``: of all probes the one with the smallest variance."""
-    return torch.where(sampling.uniform(like.numel(), generator, like) < 0, -1.0, 1.0).to(like)
+    return torch.where(layout.uniform(generator, like) < 0, -1.0, 1.0).to(like)
 
 
-def on_sphere(like: Tensor, generator: torch.Generator) -> Tensor:
+def on_sphere(like: Tensor, generator: torch.Generator, layout: Layout = WHOLE) -> Tensor:
     """A vector uniform on the sphere of radius √dim, with the shape, dtype and device of ``like``."""
-    vector = sampling.normal(like.numel(), generator, like)
-    scale: Tensor = like.numel() ** 0.5 / reductions.norm(vector)
+    vector = layout.normal(generator, like)
+    scale: Tensor = layout.length(like) ** 0.5 / layout.norm(vector)
     return vector * scale.to(vector)
 
 
@@ -82,6 +83,7 @@ class Probes:
         like: a vector with the dtype and device of the operator's.
         run: whose basis is taken away (``keep_basis``); None for none.
         blocks: coordinates by name.
+        layout: of the vectors, and of those of the run.
     Cost: one product a probe, two sweeps over the basis for ``v`` and two for ``P z``.
     Source: Hutchinson (1990); Chen and Hallman, Krylov-aware stochastic trace estimation (2023).
     """
@@ -94,14 +96,15 @@ class Probes:
         *,
         run: LanczosResult | None = None,
         blocks: Blocks | None = None,
+        layout: Layout = WHOLE,
     ) -> None:
-        self._matvec, self._like, self._generator, self._run = matvec, like, generator, run
+        self._matvec, self._like, self._generator, self._run, self._layout = matvec, like, generator, run, layout
         self._blocks = dict(blocks or {})
         self._rows: list[Tensor] = []  # vᵀz, the part of the squared norm, and one number for each block
         self._exact_blocks: Tensor | None = None
         self._scope = steps.child("probes")
         self._stopped = False
-        self._is_whole = run is not None and run.num_kept >= like.numel()
+        self._is_whole = run is not None and run.num_kept >= layout.length(like)
 
     @property
     def num_made(self) -> int:
@@ -139,7 +142,7 @@ class Probes:
         return {name: mean_of(rows[:, 2 + i], exact[i].item()) for i, name in enumerate(self._blocks)}
 
     def _probe(self) -> Tensor:
-        v = signs(self._like, self._generator)
+        v = signs(self._like, self._generator, self._layout)
         with self._scope.entered():
             return steps.step("probe", lambda: self._numbers(v), about=v).cpu()
 
@@ -154,7 +157,7 @@ class Probes:
             2 * reductions.dot(z, z) - reductions.dot(outside, outside),
             *(reductions.dot(v[part], twice[part]) for part in self._blocks.values()),
         ]
-        row = torch.stack(numbers).cpu()
+        row = self._layout.sums(torch.stack(numbers)).cpu()
         if not row.isfinite().all():
             raise ArithmeticError(
                 f"product {self.num_made + 1} with a random vector is not finite; look for infinite second derivatives"
@@ -171,12 +174,18 @@ class Probes:
                     for value, vector in zip(values, self._run.combine(some), strict=True):
                         shares = [reductions.dot(vector[part], vector[part]) for part in self._blocks.values()]
                         found += value * torch.stack(shares).cpu() if shares else 0.0
-            self._exact_blocks = found
+            self._exact_blocks = self._layout.sums(found)
         return self._exact_blocks
 
 
 def hutch_pp(
-    matvec: MatVec, like: Tensor, num_matvecs: int, generator: torch.Generator, *, memory: MemoryBudget | None = None
+    matvec: MatVec,
+    like: Tensor,
+    num_matvecs: int,
+    generator: torch.Generator,
+    *,
+    memory: MemoryBudget | None = None,
+    layout: Layout = WHOLE,
 ) -> Estimate:
     """Trace by Hutch++: a third of the products find a range, a third its trace, a third probe the rest.
 
@@ -189,19 +198,25 @@ def hutch_pp(
     if num_matvecs < 6:
         raise ValueError(f"Hutch++ needs at least 6 products, got {num_matvecs}")
     rank = num_matvecs // 3
-    span = _Span(matvec, like, rank, memory)
-    while len(span) < rank and span.add(matvec(signs(like, generator))):
+    span = _Span(matvec, like, rank, memory, layout)
+    while len(span) < rank and span.add(matvec(signs(like, generator, layout))):
         pass
     inside = span.projected().trace().item()
     probes = []
-    for _ in range(num_matvecs - 2 * rank if len(span) < like.numel() else 0):
-        v = span.remove(signs(like, generator))
-        probes.append(reductions.dot(v, matvec(v)).cpu())
+    for _ in range(num_matvecs - 2 * rank if len(span) < layout.length(like) else 0):
+        v = span.remove(signs(like, generator, layout))
+        probes.append(layout.dot(v, matvec(v)).cpu())
     return mean_of(torch.stack(probes) if probes else torch.empty(0, dtype=torch.float64), inside)
 
 
 def xtrace(
-    matvec: MatVec, like: Tensor, num_matvecs: int, generator: torch.Generator, *, memory: MemoryBudget | None = None
+    matvec: MatVec,
+    like: Tensor,
+    num_matvecs: int,
+    generator: torch.Generator,
+    *,
+    memory: MemoryBudget | None = None,
+    layout: Layout = WHOLE,
 ) -> Estimate:
     """Trace by XTrace: as Hutch++, with every test vector used for the range and, left out of it, as a probe.
 
@@ -219,20 +234,20 @@ def xtrace(
     """
     if num_matvecs < 4:
         raise ValueError(f"XTrace needs at least 4 products, got {num_matvecs}")
-    count, dim = num_matvecs // 2, like.numel()
-    span, before = _Span(matvec, like, count, memory), generator.get_state()
+    count, dim = num_matvecs // 2, layout.length(like)
+    span, before = _Span(matvec, like, count, memory, layout), generator.get_state()
     quadratic = torch.zeros(count, dtype=torch.float64)
     columns = torch.zeros((count, count), dtype=torch.float64)  # R of the QR decomposition of the products
     for i in range(count):
-        omega = on_sphere(like, generator)
+        omega = on_sphere(like, generator, layout)
         y = matvec(omega)
-        quadratic[i] = reductions.dot(omega, y)
+        quadratic[i] = layout.dot(omega, y)
         if not span.add(y):  # the range is exhausted, and the trace on it is the trace
             return Estimate(span.projected().trace().item(), 0.0, 0)
         columns[: i + 1, i] = span.coefficients
     again = torch.Generator().manual_seed(0)
     again.set_state(before)  # the same test vectors, which need not be stored
-    w = torch.stack([span.coordinates(on_sphere(like, again)) for _ in range(count)], dim=1)
+    w = torch.stack([span.coordinates(on_sphere(like, again, layout)) for _ in range(count)], dim=1)
     h = span.projected()
     s = torch.linalg.inv(columns).T  # what of the span only column i contributes
     s = s / s.norm(dim=0)
@@ -245,12 +260,12 @@ def xtrace(
 class _Span:
     """An orthonormal basis, grown vector by vector, and an operator in it."""
 
-    def __init__(self, matvec: MatVec, like: Tensor, size: int, memory: MemoryBudget | None) -> None:
-        self._matvec, self._like = matvec, like
-        size = min(size, like.numel())
+    def __init__(self, matvec: MatVec, like: Tensor, size: int, memory: MemoryBudget | None, layout: Layout) -> None:
+        self._matvec, self._like, self._layout = matvec, like, layout
+        size = min(size, layout.length(like))
         if memory is not None:
             memory.require(f"the span of {size} products", size * like.nbytes, self)
-        self._basis = Basis(size, like)
+        self._basis = Basis(size, like, layout=layout)
         self._filled = 0
         self.coefficients = torch.empty(0, dtype=torch.float64)
 
@@ -259,14 +274,14 @@ class _Span:
 
     def add(self, vector: Tensor) -> bool:
         """Append a vector; False where it lies in the span already. ``coefficients`` are those of the vector."""
-        length = reductions.norm(vector).item()
+        length = self._layout.norm(vector).item()
         if not math.isfinite(length):
             raise ArithmeticError("a product is not finite; look for infinite second derivatives")
         left, known = vector, torch.zeros(self._filled, dtype=torch.float64)
         for _ in range(2 if self._filled else 0):
             left, lacked, _ = self._orthogonalized(left)
             known += lacked
-        size = reductions.norm(left).item()
+        size = self._layout.norm(left).item()
         exhausted = size <= _EXHAUSTED * torch.finfo(vector.dtype).eps * length * max(self._filled, 1) ** 0.5
         if exhausted or self._filled == len(self._basis):
             return False

@@ -91,9 +91,9 @@ LAYERS = {
 }
 SAME_LAYER = {  # who may import whom beside itself; everything else in a layer stands alone
     "distributed": {"errors"},
+    "layout": {"distributed", "reductions", "sampling"},
     "report": {"errors", "schema"},
     "reductions": {"sampling"},
-    "layout": {"distributed", "reductions", "sampling"},
     "stopping": {"errors"},
     "steps": {"state_file"},
     "batches": set(),

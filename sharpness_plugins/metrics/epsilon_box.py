@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import reductions, steps
+from .. import steps
 from ..expected import ExpectedWork, Range
 from ..krylov_pass import expected_trial
 from ..lanczos import basis_of_use
+from ..layout import Layout
 from ..maximizers import Maximizer, MultiStart, from_tree, park, to_tree, unpark
 from ..objective import Objective
 from ..regions import Box
@@ -62,6 +63,7 @@ class EpsilonBox:
     eigenvectors: int = 0
 
     name: ClassVar[str] = "epsilon_box"
+    works_on_shards: ClassVar[bool] = True
     invariances: ClassVar[frozenset[str]] = OF_THE_BOX
 
     def __post_init__(self) -> None:
@@ -99,18 +101,19 @@ class EpsilonBox:
 
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
         keskar.check_loss(objective.loss)
-        box = Box.keskar(objective.origin, self.epsilon)
+        layout = objective.layout
+        box = Box.keskar(objective.origin, self.epsilon, layout=layout)
         proposals, spent = self._starts(objective, box, rng)
         maximum = keskar.maximize(self.maximizer, objective.value_and_grad, box, rng, proposals, spent=spent)
         e = maximum.perturbation
         value = keskar.sharpness(maximum.value, objective.loss)
         at_bound = box.share_at_bound(e)
-        moved = reductions.norm(e).item()
+        moved = layout.norm(e).item()
         message = (
             f"{maximum.status.message}; {100 * at_bound:.0f} % of the coordinates at the bound, "
             f"the weights moved by {moved:.3g}{keskar.passed_over(maximum.non_finite)}"
         )
-        lost = _lost_in_rounding(objective.origin, e)
+        lost = _lost_in_rounding(objective.origin, e, moved, layout)
         if lost > _TOO_MUCH_LOST:
             message += (
                 f"; {objective.origin.dtype} rounds {100 * lost:.2g} % of that step away, so the value is as uncertain: "
@@ -122,6 +125,7 @@ class EpsilonBox:
                 for name, v in zip(maximum.start_names, maximum.start_values, strict=True)
             )
             message += f"; reached from {reached}"
+        half_width = box.half_width
         return MetricResult(
             value=value,
             status=Status(maximum.status.kind, message),
@@ -134,8 +138,8 @@ class EpsilonBox:
                 "share_at_bound": at_bound,
                 "perturbation_norm": moved,
                 "step_lost_in_rounding": lost,
-                "box_norm": reductions.norm(box.half_width).item(),
-                "largest_half_width": box.half_width.max().item(),
+                "box_norm": layout.norm(half_width).item(),
+                "largest_half_width": layout.largest(half_width.max().item() if len(half_width) else 0.0),
             },
         )
 
@@ -161,7 +165,6 @@ class EpsilonBox:
         return chosen, objective.cost.gradients - before
 
 
-def _lost_in_rounding(origin: Tensor, perturbation: Tensor) -> float:
-    """``‖((w + e) - w) - e‖ / ‖e‖``: what the dtype of the weights cannot hold of the step."""
-    length = reductions.norm(perturbation).item()
-    return reductions.norm((origin + perturbation) - origin - perturbation).item() / length if length else 0.0
+def _lost_in_rounding(origin: Tensor, perturbation: Tensor, length: float, layout: Layout) -> float:
+    """``‖((w + e) - w) - e‖ / ‖e‖``: what the dtype of the weights cannot hold of the step, which is ``length`` long."""
+    return layout.norm((origin + perturbation) - origin - perturbation).item() / length if length else 0.0

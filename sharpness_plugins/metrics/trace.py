@@ -80,11 +80,13 @@ class _TraceMetric(ABC):
         operator, layers = self._curvature().on(objective), {}
         with operator.session():
             if self.method == "hutchinson":
-                probes = Probes(operator.matvec, operator.like, rng, blocks=operator.blocks)
+                probes = Probes(operator.matvec, operator.like, rng, blocks=operator.blocks, layout=operator.layout)
                 estimate, layers = probes.trace(self.num_matvecs), probes.traces_of_blocks(self.num_matvecs)
             else:
                 run = {"hutch++": hutch_pp, "xtrace": xtrace}[self.method]
-                estimate = run(operator.matvec, operator.like, self.num_matvecs, rng, memory=operator.memory)
+                estimate = run(
+                    operator.matvec, operator.like, self.num_matvecs, rng, memory=operator.memory, layout=operator.layout
+                )
         low, high = estimate.interval()
         said = f"{self.method} with {self.num_matvecs} products, {operator.how()}; 95 % interval [{low:.4g}, {high:.4g}]"
         return _result(operator, estimate, layers, said, {"num_matvecs": self.num_matvecs, "hvp_mode": operator.how()})
@@ -117,6 +119,7 @@ class HessianTrace(_TraceMetric):
     hvp: str | None = None
 
     name: ClassVar[str] = "hessian_trace"
+    works_on_shards: ClassVar[bool] = True
 
     def _curvature(self) -> Curvature:
         return Curvature("hessian", self.select, self.adaptive, self.hvp)
@@ -177,6 +180,7 @@ class HessianFrobenius:
     hvp: str | None = None
 
     name: ClassVar[str] = "hessian_frobenius"
+    works_on_shards: ClassVar[bool] = True
 
     @property
     def invariances(self) -> frozenset[str]:
