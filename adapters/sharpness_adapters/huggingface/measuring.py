@@ -52,7 +52,7 @@ class SharpnessCallback(Attachable):
     Attributes:
         monitor: the ``SharpnessMonitor``; None before training.
     Raises:
-        ValueError: DeepSpeed or FSDP, which hold no whole weights.
+        ValueError: DeepSpeed or FSDP1, whose weights cannot be gathered here.
     """
 
     def __init__(

@@ -181,7 +181,7 @@ class _LoggerSink:
 
 def _free_signals(trainer: Any, module: LightningModule) -> dict[str, Any]:
     """Of training and of the other callbacks, at no cost."""
-    found: dict[str, Any] = {"gradient_norm": gradient_norm(module.parameters())}
+    found: dict[str, Any] = {"gradient_norm": gradient_norm(module)}
     for callback in trainer.callbacks:
         if isinstance(callback, SAMCallback):
             found["surrogate_gap"] = callback.gap_over_ranks
