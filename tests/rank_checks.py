@@ -199,6 +199,13 @@ def check_batch_statistics(rank: int, world_size: int) -> dict[str, Any]:
     return found
 
 
+def check_synchronized_statistics(rank: int, world_size: int) -> dict[str, Any]:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network(norm=True))
+    objective = Objective(model, whole(18), criterion=CRITERION)
+    refused = raised(lambda: Objective(model, whole(18), criterion=CRITERION, batch_norm="batch"))
+    return {"kind": type(model[1]).__name__, "refused": refused, **evaluated(objective)}
+
+
 def spread(model: nn.Module, batch: Any) -> Tensor:
     """No mean over samples."""
     return model(batch[0]).std()

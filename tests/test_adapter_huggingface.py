@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 pytest.importorskip("transformers", reason="the Hugging Face adapter is tested where transformers is installed")
 pytest.importorskip("accelerate", reason="the Hugging Face adapter is tested where accelerate is installed")
@@ -49,6 +49,7 @@ from sharpness_adapters.plain import attach
 from sharpness_plugins import distributed, measure_sharpness
 from sharpness_plugins.controller import BatchController
 from sharpness_plugins.errors import LoaderError
+from sharpness_plugins.objective import Objective
 from sharpness_plugins.optimizers import SharpnessAware, perturbed
 from sharpness_plugins.probe import probe_batches
 from sharpness_plugins.registry import get_rule
@@ -1168,6 +1169,73 @@ def test_two_ranks(tmp_path):
                 parameter -= 1e-4 * parameter.grad
                 parameter.grad = None
     assert one["loop"] == pytest.approx(weights(model).tolist(), rel=1e-6)
+
+
+# --- measuring on loaders that Accelerate has made
+
+
+class Stream(IterableDataset):
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __iter__(self):
+        return iter(self.data)
+
+
+def few(count: int) -> TensorDataset:
+    g = torch.Generator().manual_seed(count)
+    return TensorDataset(torch.randn(count, 4, generator=g).double(), torch.randint(3, (count,), generator=g))
+
+
+def prepared(accelerator, count: int, what: str, setting: tuple[bool, bool, bool]):
+    config = accelerator.dataloader_config
+    config.split_batches, config.dispatch_batches, config.even_batches = setting
+    size = 8 if config.split_batches else 4
+    if what == "stream":
+        return accelerator.prepare(DataLoader(Stream(few(count)), batch_size=size))
+    loader = accelerator.prepare(DataLoader(few(count), batch_size=size, shuffle=what != "in order"))
+    return accelerator.skip_first_batches(loader, 0) if what == "skipped" else loader
+
+
+LOADERS = [
+    (count, what, setting)
+    for count in (3, 16, 29)  # fewer than a batch for each rank, whole batches, a ragged last one
+    for what in ("in order", "shuffled", "skipped", "stream")
+    for setting in itertools.product((False, True), repeat=3)
+]
+
+
+def small() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def on_ranks_with_loaders(folder: Path) -> dict:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    found = {}
+    for case in LOADERS:
+        try:
+            objective = Objective(small(), prepared(accelerator, *case), criterion=nn.CrossEntropyLoss())
+            told = [objective.num_samples, objective.loss, *objective.value_and_grad()[1].tolist()]
+        except LoaderError as error:
+            told = str(error)
+        found[repr(case)] = told
+    return found
+
+
+def test_a_loader_of_accelerate_is_measured_as_in_one_process_without_its_repeats(tmp_path):
+    ranks = start_two_ranks(tmp_path, "on_ranks_with_loaders")
+    for count, what, setting in LOADERS:
+        objective = Objective(small(), [few(count).tensors], criterion=nn.CrossEntropyLoss())
+        expected = [count, objective.loss, *objective.value_and_grad()[1].tolist()]
+        for found in ranks:
+            told = found[repr((count, what, setting))]
+            if what == "stream" and setting[1]:
+                assert "(Accelerate's dispatch_batches), and fills its last batch up" in told
+            else:
+                assert told == pytest.approx(expected, rel=1e-10, abs=1e-13), (count, what, setting)
 
 
 # --- weights in parts
