@@ -145,6 +145,25 @@ def test_a_stopped_trace_is_the_mean_over_its_probes(problem):
     assert fewer.details["num_probes"] == 15
 
 
+@pytest.mark.parametrize(
+    ("method", "products", "said"),
+    [
+        ("hutch++", 14, "Hutchinson's estimate by 10 products that were to find the range, 14 made"),
+        ("hutch++", 25, "Hutch++ with 5 of 10 probes, 25 made"),
+        ("xtrace", 14, "Hutchinson's estimate by 14 products that were to find the range, 14 made"),
+        ("xtrace", 26, "XTrace with 11 of 15 test vectors, 26 made"),
+    ],
+)
+def test_a_stopped_trace_by_a_low_rank_says_what_it_is(problem, method, products, said):
+    metric = HessianTrace(num_matvecs=30, method=method)
+    result = stopped_in(problem, metric, "hessian_trace", 2 * products + 1)["hessian_trace"]
+    assert result.status.kind is Kind.INTERRUPTED
+    assert said in result.status.message
+    assert result.cost.hvps == result.details["num_matvecs"] == products
+    assert result.standard_error > 0
+    assert abs(result.value - problem.dense_hessian().trace().item()) < 6 * result.standard_error
+
+
 def test_a_stopped_subspace_is_the_mean_over_its_draws(problem):
     complete = whole(problem, "random_subspace")["random_subspace"]
     spent = [draw["gradients_in_solver"] for draw in complete.details["solver"]]
