@@ -124,6 +124,69 @@ def test_a_stopped_maximizer_returns_the_best_point_that_it_saw(problem, maximiz
     assert "lower bound" in result.status.message
 
 
+@pytest.mark.parametrize("values", [2, 3, 6])
+def test_a_box_that_is_stopped_among_its_starts_has_the_best_of_those(problem, values, monkeypatch):
+    seen = []
+    evaluate = Objective.value
+
+    def watched(self, perturbation=None):
+        value = evaluate(self, perturbation)
+        seen.extend([value] * (perturbation is not None))  # not that of the trained weights, before the metrics
+        if len(seen) == values:
+            signal.raise_signal(signal.SIGINT)
+        return value
+
+    monkeypatch.setattr(Objective, "value", watched)
+    with pytest.warns(MeasurementWarning, match="stopped by Ctrl-C"):
+        report = measure_sharpness(problem.model, problem.loader(13, 27), EpsilonBox(epsilon=0.1, sketch_samples=10))
+    result = report["epsilon_box"]
+    assert result.status.kind is Kind.INTERRUPTED
+    assert len(seen) == values
+    assert result.details["max_loss"] == max(seen)
+    assert result.value == pytest.approx(100 * (max(seen) - report.loss) / (1 + report.loss))
+    assert result.value > 0
+    assert f"lower bound: the best of the starts tried until then ({values})" in result.status.message
+    assert result.details["gradients_in_solver"] == 0
+
+
+def test_a_box_that_is_stopped_before_its_solver_has_a_gradient_has_the_best_of_its_starts(problem, monkeypatch):
+    seen = []
+    evaluate = Objective.value
+
+    def watched(self, perturbation=None):
+        seen.append(evaluate(self, perturbation))
+        return seen[-1]
+
+    def stopped(self, perturbation=None):
+        signal.raise_signal(signal.SIGINT)
+        stopping.check()
+
+    monkeypatch.setattr(Objective, "value", watched)
+    monkeypatch.setattr(Objective, "value_and_grad", stopped)
+    with pytest.warns(MeasurementWarning, match="stopped by Ctrl-C"):
+        report = measure_sharpness(problem.model, problem.loader(13, 27), EpsilonBox(epsilon=0.1, sketch_samples=10))
+    assert report["epsilon_box"].details["max_loss"] == max(seen)
+    assert len(seen) > 6
+
+
+def test_a_box_whose_starts_go_down_is_bounded_by_the_trained_weights(problem, monkeypatch):
+    evaluate = Objective.value
+
+    def falling(self, perturbation=None):
+        if perturbation is None:
+            return evaluate(self)
+        stopping.check()
+        signal.raise_signal(signal.SIGINT)
+        return self.loss - 0.5
+
+    monkeypatch.setattr(Objective, "value", falling)
+    with pytest.warns(MeasurementWarning, match="stopped by Ctrl-C"):
+        report = measure_sharpness(problem.model, problem.loader(13, 27), EpsilonBox(epsilon=0.1, sketch_samples=10))
+    result = report["epsilon_box"]
+    assert (result.value, result.details["max_loss"], result.details["perturbation_norm"]) == (0.0, report.loss, 0.0)
+    assert "lower bound: no start tried until then (1) lies above the trained weights" in result.status.message
+
+
 def test_a_metric_that_has_nothing_yet_is_not_measured(problem):
     for metric, batches in ((EpsilonBox(max_targets=0), 1), (HessianTopK(), 1), (HessianTrace(), 31)):
         (result,) = stopped_in(problem, metric, metric.name, batches).values()
