@@ -86,6 +86,7 @@ LAYERS = {
 }
 SAME_LAYER = {  # who may import whom beside itself; everything else in a layer stands alone
     "distributed": {"errors"},
+    "memory": {"distributed"},
     "report": {"errors", "schema"},
     "reductions": {"sampling"},
     "stopping": {"errors"},
