@@ -1129,6 +1129,12 @@ def test_what_cannot_work_is_refused():
             what = type(callback).__name__
             with pytest.raises(ValueError, match=rf"^{what} does not work with {name}, .* fully_shard \(FSDP2\)$"):
                 callback.setup(trainer, model, "fit")
+        automatic = SharpnessCallback(METRIC)
+        automatic.is_optional = True
+        with pytest.warns(PluginWarning, match=f"no sharpness is measured: ValueError: SharpnessCallback .* {name}"):
+            automatic.setup(trainer, model, "fit")
+        automatic.on_train_start(trainer, model)
+        assert automatic.monitor is None
     with pytest.raises(TypeError, match=r"Import Trainer and LightningModule from lightning\.pytorch"):
         SharpnessCallback().setup(object(), model, "fit")
 
@@ -1143,6 +1149,7 @@ torch.set_num_threads(1)
 import warnings
 from test_adapter_lightning import *
 from torch.utils.data import SequentialSampler
+from sharpness_plugins.errors import RemoteFailureError
 warnings.simplefilter("ignore")
 child = os.fork()  # before any thread; so that Lightning is imported once
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if child else "1"
@@ -1188,6 +1195,17 @@ out["fabric"] = {
        for name, one in (("history", given), ("shown", shown))},
     "sam": weights(fabric_run(sam=0.2, clip=0.1, devices=2)[0]).tolist(),
 }
+for name in ("optional", "asked for"):
+    broken = measuring(probe=iter(()) if os.environ["RANK"] == "1" else None)
+    broken.is_optional = name == "optional"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PluginWarning)
+        try:
+            found = run(name, [broken], epochs=1)
+        except (LoaderError, RemoteFailureError) as error:
+            found = out[name] = {"error": f"{type(error).__name__}: {error}"}
+    found["said"] = [str(one.message) for one in caught if issubclass(one.category, PluginWarning)]
+run("alone", [], epochs=1)
 with open(sys.argv[2] + os.environ["RANK"], "w") as file:
     json.dump(out, file)
 if child:
@@ -1227,6 +1245,16 @@ def test_two_ranks_stay_one_model(ranks, name):
 def test_two_ranks_measure_without_a_trace(ranks):
     assert ranks[0]["three"]["weights"] == ranks[0]["two"]["weights"]
     assert ranks[0]["three"]["rng"] == ranks[0]["two"]["rng"]
+
+
+def test_what_one_rank_cannot_draw_ends_measuring_on_both_and_training_only_where_it_was_asked_for(ranks):
+    cause = "LoaderError: a tuple_iterator has no data set that could be read beside training"
+    for found, start in zip(ranks, (f"RemoteFailureError: rank 1 failed: {cause}", cause), strict=True):
+        (said,) = found["optional"]["said"]
+        assert said.startswith(f"no sharpness is measured: {start}")
+        assert found["optional"]["steps"] == found["alone"]["steps"] == 6
+        assert found["optional"]["weights"] == found["alone"]["weights"]
+        assert found["asked for"]["error"].startswith(start)
 
 
 def test_two_ranks_tell_the_noise_with_one_micro_batch_each(ranks):

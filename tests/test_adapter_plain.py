@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from sharpness_adapters.plain import attach
 from sharpness_plugins import measure_sharpness
-from sharpness_plugins.errors import LoaderError, MeasurementWarning, UnknownNameError
+from sharpness_plugins.errors import LoaderError, MeasurementWarning, RemoteFailureError, UnknownNameError
 from sharpness_plugins.metrics import EpsilonBox, HessianTopK
 from sharpness_plugins.noise_scale import NoiseScaleMeter
 from sharpness_plugins.optimizers import GSAM, SAM, SharpnessAware
@@ -786,6 +786,11 @@ def on_rank(rank: int, world_size: int, folder: str) -> None:
             epochs = [epoch(wrapped, optimizer, loader) for _ in range(2)]
         history = [(made.step, made.samples, made.loss, made.values["slope"]) for made in run.history]
         told = {"epochs": epochs, "history": history, "weights": model.layers[0].weight.tolist()}
+        try:
+            with attach(wrapped, optimizer, loader if rank == 0 else {"no data set": 0}, **COMMON):
+                pass
+        except (LoaderError, RemoteFailureError) as error:
+            told["broken"] = f"{type(error).__name__}: {error}"
         Path(folder, f"{rank}.json").write_text(json.dumps(told))
         torch.distributed.barrier()
     finally:
@@ -799,6 +804,8 @@ def test_two_ranks_share_the_batches_and_measure_the_same_at_the_same_steps(tmp_
         assert flat([*one, *other]) == list(range(NUM_SAMPLES))
     assert [len(indices) for seen in first["epochs"] for indices in seen] == [5] * 10 + [25] * 2
     assert first["weights"] == second["weights"]
+    assert second["broken"].startswith("LoaderError: a dict has no data set")
+    assert first["broken"] == f"RemoteFailureError: rank 1 failed: {second['broken']}"
     assert [step for step, *_ in first["history"]] == [step for step, *_ in second["history"]]
     assert first["history"], "nothing was measured"
     assert all(samples == (10 * step if step <= 10 else 100 + 50 * (step - 10)) for step, samples, *_ in first["history"])

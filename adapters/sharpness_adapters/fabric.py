@@ -64,7 +64,11 @@ class FabricSharpnessCallback(Monitoring):
         handle = register_optimizer_step_post_hook(lambda optimizer, *_: (note := held()) and note(optimizer))
         weakref.finalize(self, handle.remove)
         if self.probe is not None:
-            self._begin(probe_batches(self.probe, self.num_samples, seed=self.seed))
+            with distributed.resolve_ranks("auto").sharing(
+                "drawing the probe"
+            ):  # what one rank cannot, the others must know
+                probe = probe_batches(self.probe, self.num_samples, seed=self.seed)
+            self._begin(probe)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int = 0) -> None:
         size = float(count_samples(batch) or 1)

@@ -129,9 +129,10 @@ def attach(
         signals = {name: read for name, read in _free_signals(model, optimizer).items() if name not in chosen}
     if probe is None and (measures or (wish is not None and wish.signals)):
         known = None if wish is None else sizes(wish)  # the largest batch fits, and small ones are slow
-        probe = probe_batches(
-            loader, probe_samples, seed=seed, batch_size=known and max(1, known[1] // distributed.world_size())
-        )
+        with distributed.resolve_ranks("auto").sharing("drawing the probe"):  # what one rank cannot, the others must know
+            probe = probe_batches(
+                loader, probe_samples, seed=seed, batch_size=known and max(1, known[1] // distributed.world_size())
+            )
     optimizer = _stepping(optimizer)
     monitor = SharpnessMonitor(
         model,
