@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import distributed
 from .memory import free_bytes
 
-__all__ = ["check_supported", "is_fully_sharded", "without_sharding"]
+__all__ = ["check_supported", "is_fully_sharded", "reshard", "without_sharding"]
 
 _STATE = "FSDPState."
 _INSTEAD = {
@@ -25,6 +25,17 @@ _INSTEAD = {
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was applied to the model or a part of it."""
     return any(_is_fully_sharded(part) for part in module.modules())
+
+
+def reshard(module: nn.Module) -> None:
+    """Give every rank its part again of weights that a pass without a backward has left gathered.
+
+    They would be those that ``fully_shard`` computes with, which its ``mp_policy`` may have rounded. The next pass gathers
+    them again, also a backward pass that is still to come.
+    """
+    for part in module.modules():
+        if _is_fully_sharded(part):
+            part.reshard()  # type: ignore[operator]
 
 
 def check_supported(module: nn.Module) -> None:

@@ -1318,6 +1318,9 @@ def sharded_loop(*, alone: bool) -> dict:
 
 
 @pytest.mark.skipif(not TRAINS_SHARDS, reason="torch 2.6 trains fully_shard on accelerators only")
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="before transformers 5 settings of FSDP have other names"
+)
 def test_fully_sharded_is_one_process(tmp_path):
     ranks = start_two_ranks(tmp_path, "on_sharded_ranks")
     for name in (*SHARDED_RUNS, "loop"):

@@ -327,6 +327,10 @@ def test_a_fully_sharded_model_trains_on_as_if_it_had_not_been_measured(told):
         assert answer["values"]["hessian_topk"] == pytest.approx(expected, rel=1e-10)
         assert answer["values"]["preconditioned_topk"] == answers[0]["values"]["preconditioned_topk"] > 0
         assert answer["failed"] == "rank 1 failed: KeyError: 'boom 1'"
+        # weights that a pass left gathered, in bfloat16, are measured as they are trained, in float32
+        assert answer["gathered"] > 0
+        assert len(set(answer["losses"])) == 1
+        assert answer["gradients"]
 
 
 def test_other_ways_of_sharding_are_refused_by_name(told):
