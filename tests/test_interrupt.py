@@ -169,6 +169,32 @@ def test_a_box_that_is_stopped_before_its_solver_has_a_gradient_has_the_best_of_
     assert len(seen) > 6
 
 
+def test_a_box_that_is_stopped_below_a_start_that_it_has_not_come_to_has_that_start(problem, monkeypatch):
+    """Pairs of classes come first, whatever single ones promise."""
+    values, gradients = [], []
+    evaluate, differentiate = Objective.value, Objective.value_and_grad
+
+    def promising(self, perturbation=None):
+        values.append(evaluate(self, perturbation) + 5.0 * (perturbation is not None and len(values) == 1))
+        return values[-1]
+
+    def stopping_after_one(self, perturbation=None):
+        value, gradient = differentiate(self, perturbation)  # which says that it was stopped, the next time
+        gradients.append(value)
+        signal.raise_signal(signal.SIGINT)
+        return value, gradient
+
+    monkeypatch.setattr(Objective, "value", promising)
+    monkeypatch.setattr(Objective, "value_and_grad", stopping_after_one)
+    with pytest.warns(MeasurementWarning, match="stopped by Ctrl-C"):
+        report = measure_sharpness(problem.model, problem.loader(13, 27), EpsilonBox(epsilon=0.1, sketch_samples=10))
+    result = report["epsilon_box"]
+    assert result.details["max_loss"] == values[1] > gradients[0]
+    assert "then stopped, below the best of the starts tried, class" in result.status.message
+    assert len(result.details["start_values"]) == result.details["gradients_in_solver"] == 1
+    assert SharpnessReport.from_json(report.to_json())["epsilon_box"].value == result.value
+
+
 def test_a_box_whose_starts_go_down_is_bounded_by_the_trained_weights(problem, monkeypatch):
     evaluate = Objective.value
 

@@ -109,6 +109,14 @@ class EpsilonBox:
             if tried.point is None:
                 raise
             maximum = _best_tried(tried, tried.point, box, objective.loss)
+        if maximum.stopped and tried.point is not None and tried.value > maximum.value:
+            said = f"{maximum.status.message}, below the best of the starts tried, {tried.name}"
+            maximum = maximum._replace(
+                perturbation=unpark(tried.point, box),
+                value=tried.value,
+                status=Status(Kind.LOWER_BOUND, said),
+                gap=math.nan,
+            )
         e = maximum.perturbation
         value = keskar.sharpness(maximum.value, objective.loss)
         at_bound = box.share_at_bound(e)
