@@ -124,6 +124,7 @@ class Objective:
                 self._sweeps, self._partial_passes = 0, 0.0  # batches seen by whole passes; fractions of passes beside them
                 self._depth = 0
                 self._seed = sampling.key_for(seed, "model") >> 2  # room for the position of the batch
+                sharded.reshard(model)
                 sharded.check_supported(model)
                 self.module, wrappers = unwrap(model)
                 if sharded.is_fully_sharded(self.module):

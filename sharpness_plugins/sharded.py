@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from . import distributed
 from .memory import MemoryBudget, free_bytes, parse_bytes
 
-__all__ = ["check_supported", "fits_gathered", "is_fully_sharded", "is_fully_sharded_itself", "without_sharding"]
+__all__ = [
+    "check_supported",
+    "fits_gathered",
+    "is_fully_sharded",
+    "is_fully_sharded_itself",
+    "reshard",
+    "without_sharding",
+]
 
 _STATE = "FSDPState."
 _INSTEAD = {
@@ -26,6 +33,17 @@ _INSTEAD = {
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was applied to the model or a part of it."""
     return any(is_fully_sharded_itself(part) for part in module.modules())
+
+
+def reshard(module: nn.Module) -> None:
+    """Give every rank its part again of weights that a pass without a backward has left gathered.
+
+    They would be those that ``fully_shard`` computes with, which its ``mp_policy`` may have rounded. The next pass gathers
+    them again, also a backward pass that is still to come.
+    """
+    for part in module.modules():
+        if is_fully_sharded_itself(part):
+            part.reshard()  # type: ignore[operator]
 
 
 def check_supported(module: nn.Module) -> None:

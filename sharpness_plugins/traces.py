@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.special import stdtrit
@@ -33,11 +34,13 @@ class Estimate:
     Attributes:
         standard_error: 0 where the number is exact; NaN where a single probe tells none.
         degrees: of freedom of the standard error; 0 where the number is exact.
+        instead: what it is, where the run was stopped before it came to what was asked for; else empty.
     """
 
     value: float
     standard_error: float
     degrees: int
+    instead: str = ""
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Student's interval, which few probes need: with 4 of them it is 3.2 standard errors wide on each side."""
@@ -190,6 +193,8 @@ def hutch_pp(
     """Trace by Hutch++: a third of the products find a range, a third its trace, a third probe the rest.
 
     Memory: ``num_matvecs / 3`` vectors.
+    Stopped in the middle: the mean over the probes so far, at least two; before those, Hutchinson's estimate by the products
+    that were to find the range.
     Raises:
         MemoryError: they do not fit in the budget.
         ValueError: fewer than 6 products, which leave no standard error.
@@ -198,14 +203,25 @@ def hutch_pp(
     if num_matvecs < 6:
         raise ValueError(f"Hutch++ needs at least 6 products, got {num_matvecs}")
     rank = num_matvecs // 3
-    span = _Span(matvec, like, rank, memory, layout)
-    while len(span) < rank and span.add(matvec(signs(like, generator, layout))):
-        pass
-    inside = span.projected().trace().item()
-    probes = []
-    for _ in range(num_matvecs - 2 * rank if len(span) < layout.length(like) else 0):
-        v = span.remove(signs(like, generator, layout))
-        probes.append(layout.dot(v, matvec(v)).cpu())
+    span, count = _Span(matvec, like, rank, memory, layout), num_matvecs - 2 * rank
+    plain: list[Tensor] = []
+    probes: list[Tensor] = []
+    inside = 0.0
+    try:
+        while len(span) < rank:
+            omega = signs(like, generator, layout)
+            y = matvec(omega)
+            plain.append(layout.dot(omega, y).cpu())
+            if not span.add(y):
+                break
+        inside = _whole(span).trace().item()
+        for _ in range(count if len(span) < layout.length(like) else 0):
+            v = span.remove(signs(like, generator, layout))
+            probes.append(layout.dot(v, matvec(v)).cpu())
+    except MeasurementStopped:
+        if len(probes) < 2:
+            return _hutchinson(plain)
+        return replace(mean_of(torch.stack(probes), inside), instead=f"Hutch++ with {len(probes)} of {count} probes")
     return mean_of(torch.stack(probes) if probes else torch.empty(0, dtype=torch.float64), inside)
 
 
@@ -226,6 +242,8 @@ def xtrace(
     a small difference of large parts (an untrained network), as everything that rests on a low rank.
 
     Memory: ``num_matvecs / 2`` vectors.
+    Stopped in the middle: that of the test vectors whose range is known, where those are more than half; else Hutchinson's
+    estimate by the products with test vectors, at least two.
 
     Raises:
         MemoryError: they do not fit in the budget.
@@ -236,25 +254,57 @@ def xtrace(
         raise ValueError(f"XTrace needs at least 4 products, got {num_matvecs}")
     count, dim = num_matvecs // 2, layout.length(like)
     span, before = _Span(matvec, like, count, memory, layout), generator.get_state()
-    quadratic = torch.zeros(count, dtype=torch.float64)
+    quadratic: list[Tensor] = []
     columns = torch.zeros((count, count), dtype=torch.float64)  # R of the QR decomposition of the products
-    for i in range(count):
-        omega = on_sphere(like, generator, layout)
-        y = matvec(omega)
-        quadratic[i] = layout.dot(omega, y)
-        if not span.add(y):  # the range is exhausted, and the trace on it is the trace
-            return Estimate(span.projected().trace().item(), 0.0, 0)
-        columns[: i + 1, i] = span.coefficients
+    try:
+        for i in range(count):
+            omega = on_sphere(like, generator, layout)
+            y = matvec(omega)
+            quadratic.append(layout.dot(omega, y).cpu())
+            if not span.add(y):  # the range is exhausted, and the trace on it is the trace
+                return Estimate(_whole(span).trace().item(), 0.0, 0)
+            columns[: i + 1, i] = span.coefficients
+        h = span.projected()
+        if len(h) <= count // 2:
+            raise MeasurementStopped
+    except MeasurementStopped:
+        return _hutchinson(quadratic)
+    wanted, count = count, len(h)  # fewer where it was stopped: the first columns span the first vectors of the basis
+    columns = columns[:count, :count]
     again = torch.Generator().manual_seed(0)
     again.set_state(before)  # the same test vectors, which need not be stored
-    w = torch.stack([span.coordinates(on_sphere(like, again, layout)) for _ in range(count)], dim=1)
-    h = span.projected()
+    w = torch.stack([span.coordinates(on_sphere(like, again, layout))[:count] for _ in range(count)], dim=1)
     s = torch.linalg.inv(columns).T  # what of the span only column i contributes
     s = s / s.norm(dim=0)
     x = w - s * (s * w).sum(dim=0)
     without = h.trace() - (s * (h @ s)).sum(dim=0)
-    probed = quadratic - 2 * (x * columns).sum(dim=0) + (x * (h @ x)).sum(dim=0)
-    return mean_of(without + probed * (dim - count + 1) / (dim - x.square().sum(dim=0)))
+    probed = torch.stack(quadratic[:count]) - 2 * (x * columns).sum(dim=0) + (x * (h @ x)).sum(dim=0)
+    found = mean_of(without + probed * (dim - count + 1) / (dim - x.square().sum(dim=0)))
+    return found if count == wanted else replace(found, instead=f"XTrace with {count} of {wanted} test vectors")
+
+
+def _hutchinson(samples: list[Tensor]) -> Estimate:
+    """What products with random vectors tell by themselves.
+
+    Raises:
+        MeasurementStopped: fewer than two, which have no standard error.
+    """
+    if len(samples) < 2:
+        raise MeasurementStopped
+    said = f"Hutchinson's estimate by {len(samples)} products that were to find the range"
+    return replace(mean_of(torch.stack(samples)), instead=said)
+
+
+def _whole(span: _Span) -> Tensor:
+    """``Qᵀ A Q``.
+
+    Raises:
+        MeasurementStopped: not all of it could be made.
+    """
+    h = span.projected()
+    if len(h) < len(span):
+        raise MeasurementStopped
+    return h
 
 
 class _Span:
@@ -302,9 +352,13 @@ class _Span:
         return self._orthogonalized(vector)[1]
 
     def projected(self) -> Tensor:
-        """``Qᵀ A Q``, symmetric; one product for each vector."""
-        found = [self.coordinates(self._matvec(self._basis.row(i))) for i in range(self._filled)]
-        h = torch.stack(found) if found else torch.zeros((0, 0), dtype=torch.float64)
+        """``Qᵀ A Q``, symmetric; one product for each vector. Of fewer, the first ones, where the measurement is stopped."""
+        found: list[Tensor] = []
+        with contextlib.suppress(MeasurementStopped):
+            for i in range(self._filled):
+                product = self._matvec(self._basis.row(i))
+                found.append(self.coordinates(product))
+        h = torch.stack(found)[:, : len(found)] if found else torch.zeros((0, 0), dtype=torch.float64)
         return (h + h.T) / 2
 
     def _orthogonalized(self, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:

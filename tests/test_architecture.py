@@ -92,6 +92,7 @@ LAYERS = {
 SAME_LAYER = {  # who may import whom beside itself; everything else in a layer stands alone
     "distributed": {"errors"},
     "layout": {"distributed", "reductions", "sampling"},
+    "memory": {"distributed"},
     "report": {"errors", "schema"},
     "reductions": {"sampling"},
     "stopping": {"errors"},
