@@ -89,6 +89,7 @@ class HessianProducts:
     Attributes:
         mode: how the last product was made; None before the first.
         check: the sentence that says what the probe saw.
+        error: of a product by differences, relative, as the probe saw it; 0 for exact ones.
         spent: gradients that the probe took, in samples.
     """
 
@@ -110,6 +111,7 @@ class HessianProducts:
         self._held = 0
         self.mode: str | None = None
         self.check = ""
+        self.error = 0.0
         self.spent = 0.0
         self._chosen: str | None = None
         self._closed, self._forms = True, ""  # whether closed forms are used; which ones there are
@@ -157,11 +159,11 @@ class HessianProducts:
 
     def state(self) -> list[Any]:
         """What the probe chose, as JSON."""
-        return [self._chosen, self.mode, self.check, self._closed, self._forms]
+        return [self._chosen, self.mode, self.check, self.error, self._closed, self._forms]
 
     def set_state(self, state: list[Any]) -> None:
         """Go on with what a probe chose before, on the same model and data."""
-        self._chosen, self.mode, self.check, self._closed, self._forms = state
+        self._chosen, self.mode, self.check, self.error, self._closed, self._forms = state
 
     def __call__(self, rows: Tensor, part: Part, *, keep: bool) -> Tensor:
         """The Hessian at the point times each of the rows, shape ``(k, dim)``.
@@ -422,6 +424,7 @@ class HessianProducts:
                 "the loss has kinks (ReLU, max pooling), or bends too much within a step. They would not be the Hessian. "
                 "Use an exact mode: hvp='auto'."
             )
+        self.error = apart
         self.check = f"differences with a quarter of the step agree to {apart:.0e}"
         return DIFFERENCES
 

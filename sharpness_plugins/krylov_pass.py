@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from . import sampling, steps
 from .expected import NOTHING, ExpectedWork, Range
@@ -81,7 +82,7 @@ class KrylovPass:
     Attributes:
         run: with its basis.
         probes: made when a metric asks, and kept for the next one.
-        how, check: of the products of the run, see ``Operator``.
+        how, check, error, said: of the products of the run, see ``Operator``.
     Cost: the products of the run, which are those of the most demanding need. Memory: its basis.
     """
 
@@ -95,7 +96,13 @@ class KrylovPass:
                 operator.matvec, start, request, generator=generator, memory=operator.memory, layout=layout
             )
             self.how, self.check = operator.how(), operator.check()
+            self.error, self.said = operator.error(), operator.said()
         self.probes = self.probes_without_basis(self.run)
+
+    @property
+    def error_bars(self) -> Tensor:
+        """Of the values of the run, with what the error of the products may add: their share of the largest value."""
+        return self.run.bounds + self.error * self.run.ritz_values.abs().max()
 
     def probes_without_basis(self, run: LanczosResult | None = None) -> Probes:
         """New probes; outside of the basis of a run, if one is given."""

@@ -248,6 +248,11 @@ class Objective:
         return self._products.check
 
     @property
+    def hvp_error(self) -> float:
+        """Of a product by central differences, relative, estimated by another step; 0 for exact ones."""
+        return self._products.error
+
+    @property
     def notes(self) -> list[str]:
         drawing = ["the model draws random numbers in eval mode; every evaluation repeats the same draws"]
         sizes = [parts.size for parts in (self._gradient_parts, self._product_parts) if parts.size is not None]

@@ -40,6 +40,7 @@ class Operator:
         blocks: coordinates by the name of their parameter: of shards, those that lie here, which may be none.
         description: what it is, for a sentence.
         how, check: how the products are made, and what was compared with them; known after the first, inside of the session.
+        error: of a product, relative, estimated; 0 where products are exact.
         session: enter it around many products.
         memory: the budget of what is kept beside them; None for no limit.
         layout: of the vectors: with shards, ``matvec`` takes and gives this rank's, and is collective.
@@ -51,6 +52,7 @@ class Operator:
     description: str
     how: Callable[[], str] = lambda: "given products"
     check: Callable[[], str] = str
+    error: Callable[[], float] = float
     session: Callable[[], AbstractContextManager[None]] = nullcontext
     memory: MemoryBudget | None = None
     layout: Layout = WHOLE
@@ -58,6 +60,11 @@ class Operator:
     @property
     def dim(self) -> int:
         return self.layout.length(self.like)
+
+    def said(self) -> str:
+        """``how``, with the error of what is not exact."""
+        error = self.error()
+        return f"{self.how()}, error estimate {error:.0e} of a product" if error else self.how()
 
     def restricted(self, names: Sequence[str], *, description: str) -> Operator:
         """The diagonal block of these parameters, taken together, in their order. Collective for shards."""
@@ -146,6 +153,7 @@ class Curvature:
                 description,
                 how=lambda: objective.hvp_mode or "",
                 check=lambda: objective.hvp_check,
+                error=lambda: objective.hvp_error,
                 session=lambda: objective.hvp_by(self.hvp),
                 memory=objective.memory,
                 layout=objective.layout,

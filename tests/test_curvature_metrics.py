@@ -143,6 +143,23 @@ def test_eigenvalues_of_scaled_blocks(wide):
         HessianTrace(select="head.*")(objective, rng())
 
 
+@pytest.mark.parametrize("metric", [HessianTopK, AdaptiveTopK])
+def test_products_by_differences_say_their_error_which_the_error_bars_hold(metric):
+    """In float32, where the step and the rounding of gradients move a product by parts in a thousand."""
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 5)), (torch.randn(64, 20), torch.arange(64) % 5)
+    exact, found = (
+        metric(k=3, tolerance=1e-6, hvp=hvp)(Objective(model, [batch]), rng()) for hvp in (None, "central differences")
+    )
+    error = float(found.status.message.split("error estimate ")[1].split(" of a product")[0])
+    assert "error estimate" not in exact.status.message
+    assert 0 < error < 0.05
+    off = torch.tensor(found.details["eigenvalues"]) - torch.tensor(exact.details["eigenvalues"])
+    bars = torch.tensor(found.details["error_bars"])
+    assert (off.abs() <= bars + torch.tensor(exact.details["error_bars"])).all()
+    assert (bars >= 0.6 * error * found.value).all()  # said with one digit
+
+
 def test_the_smallest_eigenvalue_lies_between_its_bounds(wide):
     problem, hessian = wide
     smallest = torch.linalg.eigvalsh(hessian)[:2]

@@ -85,7 +85,7 @@ def _bounds(shared: KrylovPass) -> MetricResult:
     nodes, _ = run.quadrature()
     above = min(nodes[0].item(), run.ritz_values[-1].item())
     if run.num_kept == shared.operator.dim:
-        kind, below, said = Kind.EXACT, above, "on the whole space"
+        kind, below, said = Kind.ESTIMATE if shared.error else Kind.EXACT, above, "on the whole space"
     else:
         kind, below = Kind.ESTIMATE, _lower_bound(run, shared.operator.dim)
         said = f"an upper bound; it is above {below:.4g} with probability {_CONFIDENCE:g}, and certify=True computes it"
@@ -93,7 +93,7 @@ def _bounds(shared: KrylovPass) -> MetricResult:
         value=above,
         status=Status(
             kind,
-            f"smallest eigenvalue of {shared.operator.description}: {said} ({run.num_matvecs} products, {shared.how})",
+            f"smallest eigenvalue of {shared.operator.description}: {said} ({run.num_matvecs} products, {shared.said})",
         ),
         details={
             "lower_bound": below,

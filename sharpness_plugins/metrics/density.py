@@ -93,7 +93,7 @@ class SpectralDensity:
             status=Status(
                 Kind.EXACT if exact else Kind.ESTIMATE,
                 f"root mean square eigenvalue of {operator.description}: {said} and {len(spectrum.settled)} settled "
-                f"eigenvalues ({run.num_matvecs} products, {shared.how})",
+                f"eigenvalues ({run.num_matvecs} products, {shared.said})",
             ),
             details={
                 "nodes": torch.cat([spectrum.nodes, spectrum.settled]).tolist(),

@@ -28,9 +28,9 @@ def topk_request(k: int, tolerance: float, num_matvecs: int | None, which: str =
 def topk_result(shared: KrylovPass, k: int, tolerance: float) -> MetricResult:
     """The first ``k`` eigenvalues that a run found, and how well."""
     run = shared.run
-    values, residuals, bounds = run.values[:k], run.residuals[:k], run.bounds[:k]
+    values, residuals, bounds = run.values[:k], run.residuals[:k], shared.error_bars[:k]
     relative = (residuals / values.abs().clamp_min(1e-300)).where(values != 0, 0.0).max().item()
-    how = f"{run.num_matvecs} products, {shared.how}, largest relative residual {relative:.1e}"
+    how = f"{run.num_matvecs} products, {shared.said}, largest relative residual {relative:.1e}"
     if len(values) < k and run.ending is not Ending.STOPPED:
         how += f"; k={k} was lowered to the number of parameters"
     if run.converged:

@@ -27,7 +27,8 @@ class HessianTopK:
     By Lanczos with full re-orthogonalization on exact Hessian-vector products, until the residual of every wanted pair is
     below ``tolerance`` times its value, and a guard pair has settled. ``details["eigenvalues"]``, ``["residuals"]`` and
     ``["error_bars"]`` are lists, descending: some eigenvalue lies within each residual of the value beside it, and this one
-    within its error bar, ``min(r, r²/gap)``, unless others hide in the gap (1e-5 typically at the default). Where the budget
+    within its error bar, ``min(r, r²/gap)``, unless others hide in the gap (1e-5 typically at the default). Of products by
+    central differences the bars hold the error estimate of a product, too. Where the budget
     runs out first, the values are lower bounds for "LA", and the status says so.
 
     An eigenvalue that occurs several times exactly (the last layer of several outputs under squared error, say) is found at
@@ -97,11 +98,11 @@ class HessianTopK:
         run, k = shared.run, min(self.k, shared.operator.dim)
         return MetricResult(
             value=run.values[0].item(),
-            status=self._status(run, f"{run.num_matvecs} products, {shared.how}"),
+            status=self._status(run, f"{run.num_matvecs} products, {shared.said}"),
             details={
                 "eigenvalues": run.values[:k].tolist(),
                 "residuals": run.residuals[:k].tolist(),
-                "error_bars": run.bounds[:k].tolist(),
+                "error_bars": shared.error_bars[:k].tolist(),
                 "k": k,
                 "which": self.which,
                 "tolerance": self.tolerance,

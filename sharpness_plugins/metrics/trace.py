@@ -95,7 +95,7 @@ class _TraceMetric(ABC):
                 estimate = run(matvec, operator.like, self.num_matvecs, rng, memory=operator.memory, layout=operator.layout)
         low, high = estimate.interval()
         what = f"{estimate.instead}, {made} made" if estimate.instead else f"{self.method} with {made} products"
-        said = f"{what}, {operator.how()}; 95 % interval [{low:.4g}, {high:.4g}]"
+        said = f"{what}, {operator.said()}; 95 % interval [{low:.4g}, {high:.4g}]"
         return _result(operator, estimate, layers, said, {"num_matvecs": made, "hvp_mode": operator.how()})
 
 
@@ -218,7 +218,8 @@ class HessianFrobenius:
             value=value,
             standard_error=error,
             status=Status(
-                kind_of(square), f"Frobenius norm of {shared.operator.description}, {how(shared, square, low, high)}"
+                kind_of(square, shared.operator),
+                f"Frobenius norm of {shared.operator.description}, {how(shared, square, low, high)}",
             ),
             details={"interval": [low, high], **counts(shared, square)},
         )
@@ -240,7 +241,7 @@ def _result(
     return MetricResult(
         value=estimate.value,
         standard_error=estimate.standard_error,
-        status=Status(kind_of(estimate), f"trace of {operator.description}, {how}"),
+        status=Status(kind_of(estimate, operator), f"trace of {operator.description}, {how}"),
         details={
             "interval": list(estimate.interval()),
             "layers": {
@@ -252,15 +253,15 @@ def _result(
     )
 
 
-def kind_of(estimate: Estimate) -> Kind:
-    return Kind.ESTIMATE if estimate.standard_error else Kind.EXACT
+def kind_of(estimate: Estimate, operator: Operator) -> Kind:
+    return Kind.ESTIMATE if estimate.standard_error or operator.error() else Kind.EXACT
 
 
 def how(shared: KrylovPass, estimate: Estimate, low: float, high: float) -> str:
     basis = f"{shared.run.num_matvecs} products in a Krylov basis of {shared.run.num_kept}"
     if not estimate.standard_error:
-        return f"exact: {basis} span the whole space ({shared.how})"
-    return f"{basis}, {estimate.degrees + 1} outside of it ({shared.how}); 95 % interval [{low:.4g}, {high:.4g}]"
+        return f"{'' if shared.error else 'exact: '}{basis} span the whole space ({shared.said})"
+    return f"{basis}, {estimate.degrees + 1} outside of it ({shared.said}); 95 % interval [{low:.4g}, {high:.4g}]"
 
 
 def counts(shared: KrylovPass, estimate: Estimate) -> dict[str, object]:
