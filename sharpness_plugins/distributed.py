@@ -9,17 +9,21 @@ import contextlib
 import itertools
 import pickle
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 import torch.distributed
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .errors import LostRankError, RanksApartError, RemoteFailureError
 
 __all__ = [
     "RANKS",
     "Ranks",
+    "RanksLike",
+    "RanksOf",
     "Shared",
     "from_rank_zero",
     "is_spread",
@@ -40,7 +44,12 @@ __all__ = [
 
 RANKS = ("auto", "same data", "own data", "alone")
 
+RanksLike: TypeAlias = "str | RanksOf | torch.distributed.ProcessGroup | DeviceMesh | Ranks"
+
 _NUMBERS = 4  # that an evaluation may sum beside its vector
+_SILENCE = (0.0, 0.0)
+_SAID, _POINTS = 3, 5  # columns of a meeting's table
+_VALUES = _POINTS + 4
 _CLOSING = "the end"
 _APART = 1e-4  # of the sum of magnitudes: points that differ by more are other points, not other rounding
 _OK, _FAILED, _LEFT = 0.0, 1.0, 2.0
@@ -143,13 +152,33 @@ def _reduced(number: float) -> float:
     return sum_over_ranks(torch.tensor(number, dtype=torch.float64, device=_device())).item()
 
 
-def _device() -> torch.device:
+def _device(group: Any = None) -> torch.device:
     """Where the group takes numbers from."""
-    return torch.device("cuda", torch.cuda.current_device()) if _needs_cuda() else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if _needs_cuda(group) else torch.device("cpu")
 
 
-def _needs_cuda() -> bool:
-    return torch.distributed.get_backend() == "nccl" and "cpu:" not in torch.distributed.get_backend_config()
+def _needs_cuda(group: Any = None) -> bool:
+    backend, config = torch.distributed.get_backend(group), torch.distributed.get_backend_config(group)
+    return backend == "nccl" and "cpu:" not in config
+
+
+@dataclass(frozen=True)
+class RanksOf:
+    """The processes of a group measure together, and the others do not call.
+
+    >>> measure_sharpness(model, loader, ranks=RanksOf(group, "own data"))      # doctest: +SKIP
+
+    Args:
+        group: a ``torch.distributed.ProcessGroup``, or a ``DeviceMesh`` of one dimension.
+        how: what their loaders hold, "auto", "same data" or "own data": see ``measure_sharpness``.
+    """
+
+    group: torch.distributed.ProcessGroup | DeviceMesh
+    how: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.how not in RANKS[:-1]:
+            raise ValueError(f"how must be one of {RANKS[:-1]}, got {self.how!r}")
 
 
 class Shared:
@@ -184,18 +213,38 @@ class Ranks:
 
     Source: measured with two and four gloo processes, a meeting takes 0.1 to 6 ms, as busy as the machine is.
 
+    Args:
+        group: their process group, in which they have the ranks 0 to ``size - 1``; None for the default one.
     Attributes:
         how: one of ``RANKS`` (asked for), or what came of "auto".
         rank, size: 0 and 1 for a process alone, for which nothing is exchanged.
+        says: what this process says of itself at every meeting, as two numbers.
+        hears: told after every meeting what all of them said there, in their order; before any error of that meeting.
     """
 
-    def __init__(self, how: str = "alone", rank: int = 0, size: int = 1) -> None:
-        self.how, self.rank, self.size = how, rank, size
+    def __init__(self, how: str = "alone", rank: int = 0, size: int = 1, group: Any = None) -> None:
+        self.how, self.rank, self.size, self._group = how, rank, size, group
+        self.says: Callable[[], tuple[float, float]] = lambda: _SILENCE
+        self.hears: Callable[[Sequence[Sequence[float]]], object] = lambda said: None
         self._met: BaseException | None = None  # the last error that all ranks know of
 
     @property
     def is_alone(self) -> bool:
         return self.size == 1
+
+    @property
+    def members(self) -> list[int]:
+        """Their ranks in the default group, by which errors name them, in the order of their ranks here."""
+        if self.is_alone:
+            return [rank()]
+        if self._group is None:
+            return list(range(self.size))
+        return [torch.distributed.get_global_rank(self._group, r) for r in range(self.size)]
+
+    def missing_of(self, tensor: Tensor) -> list[int]:
+        """Ranks of the default group that hold pieces of a ``DTensor``, and do not take part here when it is gathered."""
+        holders = [torch.distributed.get_process_group_ranks(group) for group in shard_groups(tensor)]
+        return sorted({holder for part in holders for holder in part} - set(self.members))
 
     @contextlib.contextmanager
     def sharing(self, what: str, where: Sequence[Tensor | None] = ()) -> Iterator[Shared]:
@@ -243,8 +292,8 @@ class Ranks:
         if self.is_alone:
             return [value]
         found: list[Any] = [None] * self.size
-        with _found_lost("exchanging notes"):
-            torch.distributed.all_gather_object(found, value)
+        with self._exchange("exchanging notes"):
+            torch.distributed.all_gather_object(found, value, group=self._group)
         return found
 
     def smallest(self, number: int | None) -> int | None:
@@ -256,8 +305,8 @@ class Ranks:
         if self.is_alone:
             return value
         box: list[bytes | None] = [_pickled(value) if self.rank == source else None]
-        with _found_lost("sending a result"):
-            torch.distributed.broadcast_object_list(box, src=source)
+        with self._exchange("sending a result"):
+            torch.distributed.broadcast_object_list(box, src=self.members[source], group=self._group)
         return value if box[0] is None or self.rank == source else pickle.loads(box[0])
 
     def close(self, what: str, error: Exception | None, value: float = 0.0) -> tuple[Exception, str] | None:
@@ -271,7 +320,7 @@ class Ranks:
         while not self.is_alone:
             rows = self._rows(_CLOSING, 0, [value], (), error)
             together = bool((rows[:, 0] == rows[0, 0]).all())
-            values = rows[:, 7]
+            values = rows[:, _VALUES]
             apart = together and bool(((values - values[0]).abs() > _APART * values[0].abs()).any())
             if together and not apart and not bool(rows[:, 2].any()):
                 return None
@@ -292,7 +341,7 @@ class Ranks:
         """
         found = self.gather(value)
         if any(other != found[0] for other in found):
-            shown = "; ".join(f"rank {r}: {other}" for r, other in enumerate(found))
+            shown = "; ".join(f"rank {r}: {other}" for r, other in zip(self.members, found, strict=True))
             raise RanksApartError(f"the ranks must have the same {what}, and have {shown}")
 
     @contextlib.contextmanager
@@ -310,36 +359,61 @@ class Ranks:
         vector = shared.vector
         size = 0 if error is not None or vector is None else vector.numel()
         rows = self._rows(what, size, [] if error is not None else shared.numbers, where, error)
-        points = rows[:, 3:7].view(self.size, 2, 2)
+        points = rows[:, _POINTS:_VALUES].reshape(self.size, 2, 2)
         apart = bool(((points[:, :, 0] - points[0, :, 0]).abs() > _APART * points[:, :, 1]).any())
         if apart or bool((rows[:, :2] != rows[0, :2]).any()) or bool(rows[:, 2].any()):
             told = self._told(f"asked for {what}" + (" at a point of its own" if apart else ""), error)
             self._met = error or self._failure(told)
             raise self._met
-        shared.numbers = rows[:, -_NUMBERS:].sum(dim=0).tolist()[: len(shared.numbers)]
+        shared.numbers = rows[:, _VALUES:].sum(dim=0).tolist()[: len(shared.numbers)]
         if vector is not None:
             shared.vector = self._summed(vector)
 
     def _rows(
         self, what: str, size: int, numbers: list[float], where: Sequence[Tensor | None], error: BaseException | None
     ) -> Tensor:
-        """What every rank says: kind, size of its vector, whether it failed; two numbers for each of two points; numbers."""
+        """What every rank says: kind, size of its vector, whether it failed; ``says``; two numbers for each of two points;
+        numbers.
+        """
         flag = _OK if error is None else _FAILED if isinstance(error, Exception) else _LEFT
-        row = [float(zlib.crc32(what.encode())), float(size), flag]
+        row = [float(zlib.crc32(what.encode())), float(size), flag, *self.says()]
         row += itertools.chain.from_iterable(map(_digest, where)) if error is None else ()
-        row += [0.0] * (7 - len(row)) + numbers + [0.0] * (_NUMBERS - len(numbers))
-        table = torch.zeros((self.size, 7 + _NUMBERS), dtype=torch.float64, device=_device())
+        row += [0.0] * (_VALUES - len(row)) + numbers + [0.0] * (_NUMBERS - len(numbers))
+        table = torch.zeros((self.size, _VALUES + _NUMBERS), dtype=torch.float64, device=_device(self._group))
         table[self.rank] = torch.tensor(row, dtype=torch.float64)
-        with _found_lost(what):
-            torch.distributed.all_reduce(table)
-            return table.cpu()
+        with self._exchange(what):
+            torch.distributed.all_reduce(table, group=self._group)
+            rows = table.cpu()
+        self.hears(rows[:, _SAID:_POINTS].tolist())
+        return rows
 
     def _summed(self, vector: Tensor) -> Tensor:
-        total = vector.to(_device()) if _needs_cuda() else vector
-        with _found_lost("adding up vectors"):
+        total = vector.to(_device(self._group)) if _needs_cuda(self._group) else vector
+        with self._exchange("adding up vectors"):
             total = total.contiguous()
-            torch.distributed.all_reduce(total)
+            torch.distributed.all_reduce(total, group=self._group)
             return total.to(vector.device)
+
+    @contextlib.contextmanager
+    def _exchange(self, doing: str) -> Iterator[None]:
+        """Around a collective: a group that broke is a LostRankError.
+
+        A rank that is interrupted inside has left the others in the middle of something, and can tell them no more; they
+        find out when its process ends, or by the group's timeout.
+        """
+        try:
+            yield
+        except LostRankError:
+            raise
+        except Exception as error:
+            raise LostRankError(
+                f"the group of ranks broke while {doing} was shared: {' '.join(str(error).split())[:300]}. Either a rank "
+                "died, or did not come within the group's timeout: every rank of the group must measure, or ranks='alone' "
+                "on the one that does."
+            ) from error
+        except BaseException as interrupt:
+            self._met = interrupt
+            raise
 
     def _told(self, doing: str, error: BaseException | None) -> list[_Told]:
         second_hand = isinstance(error, (RemoteFailureError, RanksApartError))
@@ -348,13 +422,13 @@ class Ranks:
         found: list[_Told] = self.gather(_Told(doing, text, leaves, second_hand))
         return found
 
-    @staticmethod
-    def _failure(told: list[_Told]) -> Exception:
+    def _failure(self, told: list[_Told]) -> Exception:
         """The same on every rank."""
-        for r, other in enumerate(told):
+        named = list(zip(self.members, told, strict=True))
+        for r, other in named:
             if other.leaves:
                 return LostRankError(f"rank {r} left the measurement: {other.text}")
-        first_hand = [(r, other.text) for r, other in enumerate(told) if other.text is not None and not other.second_hand]
+        first_hand = [(r, other.text) for r, other in named if other.text is not None and not other.second_hand]
         if first_hand:
             r, text = first_hand[0]
             everywhere = len(first_hand) == len(told) and len({text for _, text in first_hand}) == 1
@@ -363,7 +437,7 @@ class Ranks:
         if heard:
             return RemoteFailureError(heard[0])
         return RanksApartError(
-            f"the ranks went different ways: {'; '.join(f'rank {r} {other.doing}' for r, other in enumerate(told))}. "
+            f"the ranks went different ways: {'; '.join(f'rank {r} {other.doing}' for r, other in named)}. "
             "What a metric evaluates may depend only on numbers that are the same on every rank."
         )
 
@@ -381,19 +455,47 @@ def smallest(number: int | None) -> int | None:
     return measuring().smallest(number)
 
 
-def resolve_ranks(ranks: str | Ranks) -> Ranks:
-    """The group that exists, or this process alone.
+def resolve_ranks(ranks: RanksLike) -> Ranks:
+    """The processes of a group, or this one alone.
 
     Raises:
-        ValueError: it is none of ``RANKS``.
+        ValueError: it is none of ``RANKS`` and no group, this process is not in the group, or a mesh has several dimensions.
     """
     if isinstance(ranks, Ranks):
         return ranks
-    if ranks not in RANKS:
-        raise ValueError(f"ranks must be one of {RANKS}, got {ranks!r}")
-    if ranks == "alone" or world_size() == 1:
-        return Ranks()
-    return Ranks(ranks, rank(), world_size())
+    if isinstance(ranks, str):
+        if ranks not in RANKS:
+            raise ValueError(f"ranks must be one of {RANKS}, a process group or a device mesh, got {ranks!r}")
+        return Ranks() if ranks == "alone" or world_size() == 1 else Ranks(ranks, rank(), world_size())
+    given, how = (ranks.group, ranks.how) if isinstance(ranks, RanksOf) else (ranks, "auto")
+    group = _group_of(given)
+    size = torch.distributed.get_world_size(group)
+    return Ranks() if size == 1 else Ranks(how, torch.distributed.get_rank(group), size, group)
+
+
+def _group_of(given: Any) -> Any:
+    """The process group that a caller gave, of which this process is a member."""
+    if not _is_running():
+        raise ValueError(f"ranks must be one of {RANKS} where torch.distributed was not started, got {given!r}")
+    mesh = given if isinstance(given, DeviceMesh) else None
+    if mesh is not None and mesh.ndim != 1:
+        raise ValueError(
+            f"ranks is a device mesh of {mesh.ndim} dimensions, and the ranks that measure together are a line of it: name "
+            f"one of its dimensions, as in ranks=mesh[name] (here: {mesh.mesh_dim_names})"
+        )
+    if mesh is not None:
+        outside = mesh.get_coordinate() is None
+        group = None if outside else mesh.get_group()
+    else:
+        outside, group = isinstance(given, int) and given == torch.distributed.GroupMember.NON_GROUP_MEMBER, given
+        if not outside and not isinstance(given, torch.distributed.ProcessGroup):
+            raise ValueError(f"ranks must be one of {RANKS}, a process group or a device mesh, got {given!r}")
+    if outside or torch.distributed.get_rank(group) < 0:
+        raise ValueError(
+            f"ranks is a group that this process (rank {rank()}) is not in. Measure on the processes of the group only; the "
+            "others need not wait for them."
+        )
+    return group
 
 
 def _pickled(value: Any) -> bytes | None:
@@ -414,16 +516,3 @@ def _digest(point: Tensor | None) -> tuple[float, float]:
 
 def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")
-
-
-@contextlib.contextmanager
-def _found_lost(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except LostRankError:
-        raise
-    except Exception as error:
-        raise LostRankError(
-            f"the group of ranks broke while {doing} was shared: {' '.join(str(error).split())[:300]}. Either a rank died, "
-            "or did not come within the group's timeout: every rank must measure, or ranks='alone' on the one that does."
-        ) from error

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from . import registry, sampling
-from .distributed import resolve_ranks
+from .distributed import RanksLike, resolve_ranks
 from .errors import LostRankError, MeasurementStopped, MeasurementWarning, PluginWarning
 from .krylov_pass import KrylovSharing
 from .losses import LossFn, unwrap
@@ -56,7 +56,7 @@ def measure_sharpness(
     progress: bool | ProgressListener | None = None,
     memory: int | str | None = None,
     cache_bytes: int | None = None,
-    ranks: str = "auto",
+    ranks: RanksLike = "auto",
     on_interrupt: str = "return",
     time_limit: float | None = None,
     metric_time_limit: float | None = None,
@@ -93,7 +93,10 @@ def measure_sharpness(
         ranks: what the processes of a ``torch.distributed`` group do, all of which must call this: "same data", they share
             out what each one's loader gives; "own data", each one's loader has a part of the data; "auto", what the loaders
             turn out to hold, repeats of a ``DistributedSampler`` left out. All of them return the same report, which is that
-            of one process. "alone" for one process without the others.
+            of one process. "alone" for one process without the others. A process group, or a ``DeviceMesh`` of one
+            dimension, is "auto" in it instead of the default group: its processes call this and the others do not, so that
+            several groups can measure several models at the same time; ``RanksOf(group, "own data")`` says both. Errors name
+            ranks by those of the default group.
         on_interrupt: what Ctrl-C does once measuring has begun. "return": the report is what there is by then. Metrics that
             are done are in it as ever; the one in hand has the status "interrupted" where it had something (the best point
             so far; Ritz values with their residuals; the mean over the probes so far), and the others are "not measured".

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import distributed
+from .distributed import Ranks
 from .memory import free_bytes
 
-__all__ = ["check_supported", "is_fully_sharded", "without_sharding"]
+__all__ = ["check_gathered", "check_supported", "is_fully_sharded", "without_sharding"]
 
 _STATE = "FSDPState."
 _INSTEAD = {
@@ -59,6 +60,21 @@ def check_supported(module: nn.Module) -> None:
                 "a plain copy of the model and measure that"
             )
     _check_room(list(spread.values()))
+
+
+def check_gathered(module: nn.Module, ranks: Ranks) -> None:
+    """Raise where a process holds pieces of the weights and does not measure: it would not come when they are gathered.
+
+    Raises:
+        ValueError: names the ranks.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if missing := ranks.missing_of(tensor):
+            those = "ranks='alone'" if ranks.is_alone else f"ranks {ranks.members}"
+            raise ValueError(
+                f"the weights are sharded over the ranks, so {those} cannot measure them without ranks {missing}, which "
+                "hold pieces of them. Measure on all ranks that the model is sharded over."
+            )
 
 
 def _check_room(tensors: list[Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -630,36 +631,41 @@ def lose_a_rank(rank: int, world_size: int, how: str) -> str:
 # ---------------------------------------------------------------------- who starts them
 
 
-def on_rank(rank: int, world_size: int, folder: str, names: list[str], timeout: float) -> None:
+def on_rank(rank: int, world_size: int, folder: str, names: list[str], timeout: float, module: str) -> None:
     torch.set_num_threads(1)
+    os.chdir(folder)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
     )
     found: dict[str, Any] = {}
+    checks = importlib.import_module(module).CHECKS
     for name in names:
         began = time.monotonic()
         try:
             if name in DEATHS:
                 found[name] = lose_a_rank(rank, world_size, name)
             else:
-                found[name] = CHECKS[name](rank, world_size)
+                found[name] = checks[name](rank, world_size)
         except Exception:
             found[name] = {"error": traceback.format_exc()}
         found[f"{name} seconds"] = time.monotonic() - began
         Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    if not set(names) & set(DEATHS):
-        dist.barrier()
-        dist.destroy_process_group()
-    else:
+    if set(names) & set(DEATHS) or any(isinstance(answer, dict) and "lost" in answer for answer in found.values()):
         os._exit(0)  # a broken group may not be destroyed
+    dist.barrier()
+    dist.destroy_process_group()
 
 
-def start(world_size: int, folder: Path, names: list[str], *, timeout: float = 60.0) -> list[Any]:
+def start(
+    world_size: int, folder: Path, names: list[str], *, timeout: float = 60.0, module: str = "rank_checks"
+) -> list[Any]:
+    """Processes that make these checks of a module."""
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "rank_checks"])
     folder.mkdir()
     processes = [
-        context.Process(target=on_rank, args=(rank, world_size, str(folder), names, timeout)) for rank in range(world_size)
+        context.Process(target=on_rank, args=(rank, world_size, str(folder), names, timeout, module))
+        for rank in range(world_size)
     ]
     for process in processes:
         process.start()
