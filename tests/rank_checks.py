@@ -602,6 +602,7 @@ def be_interrupted(rank: int) -> Callable[[Objective], float]:
         objective.value()
         if rank == 1:
             os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
         return objective.value()
 
     return work
@@ -616,7 +617,7 @@ def stay_away(rank: int) -> Callable[[Objective], float]:
     return work
 
 
-DEATHS = {"signal": die_by_signal, "exit": die_by_exit, "Ctrl-C": be_interrupted, "stay away": stay_away}
+DEATHS = {"signal": die_by_signal, "exit": die_by_exit, "Ctrl-C twice": be_interrupted, "stay away": stay_away}
 
 
 def lose_a_rank(rank: int, world_size: int, how: str) -> str:
