@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pickle
+import signal
+import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from types import FrameType
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch.distributed
 from torch import Tensor
@@ -47,8 +50,9 @@ RANKS = ("auto", "same data", "own data", "alone")
 RanksLike: TypeAlias = "str | RanksOf | torch.distributed.ProcessGroup | DeviceMesh | Ranks"
 
 _NUMBERS = 4  # that an evaluation may sum beside its vector
-_SILENCE = (0.0, 0.0)
-_SAID, _POINTS = 3, 5  # columns of a meeting's table
+_SPEAKERS = 2
+_SAID = 3  # a column of a meeting's table, as those that follow
+_POINTS = _SAID + 2 * _SPEAKERS
 _VALUES = _POINTS + 4
 _CLOSING = "the end"
 _APART = 1e-4  # of the sum of magnitudes: points that differ by more are other points, not other rounding
@@ -203,6 +207,15 @@ class _Told(NamedTuple):
     second_hand: bool
 
 
+class Speaker(Protocol):
+    """What says something of this process at every meeting of the ranks."""
+
+    def says(self) -> tuple[float, float]: ...
+
+    def hear(self, said: Sequence[Sequence[float]]) -> None:
+        """What was said there on all ranks, in their order; before any error of that meeting is raised."""
+
+
 class Ranks:
     """The processes that share a measurement, in lockstep: each evaluation ends in one meeting of all of them.
 
@@ -218,14 +231,11 @@ class Ranks:
     Attributes:
         how: one of ``RANKS`` (asked for), or what came of "auto".
         rank, size: 0 and 1 for a process alone, for which nothing is exchanged.
-        says: what this process says of itself at every meeting, as two numbers.
-        hears: told after every meeting what all of them said there, in their order; before any error of that meeting.
     """
 
     def __init__(self, how: str = "alone", rank: int = 0, size: int = 1, group: Any = None) -> None:
         self.how, self.rank, self.size, self._group = how, rank, size, group
-        self.says: Callable[[], tuple[float, float]] = lambda: _SILENCE
-        self.hears: Callable[[Sequence[Sequence[float]]], object] = lambda said: None
+        self._speakers: list[Speaker] = []
         self._met: BaseException | None = None  # the last error that all ranks know of
 
     @property
@@ -240,6 +250,17 @@ class Ranks:
         if self._group is None:
             return list(range(self.size))
         return [torch.distributed.get_global_rank(self._group, r) for r in range(self.size)]
+
+    @contextlib.contextmanager
+    def attended_by(self, speaker: Speaker) -> Iterator[None]:
+        """Inside, it says something at every meeting and hears all; one of at most two, in the same order on every rank."""
+        if len(self._speakers) == _SPEAKERS:
+            raise ValueError(f"{_SPEAKERS} speakers attend the meetings already, and their table has no room for another")
+        self._speakers.append(speaker)
+        try:
+            yield
+        finally:
+            self._speakers.remove(speaker)
 
     def missing_of(self, tensor: Tensor) -> list[int]:
         """Ranks of the default group that hold pieces of a ``DTensor``, and do not take part here when it is gathered."""
@@ -269,7 +290,8 @@ class Ranks:
             raise
         except BaseException as raised:
             error = raised
-        self._meet(what, shared, where, error)
+        with self.in_one_piece():
+            self._meet(what, shared, where, error)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -285,14 +307,15 @@ class Ranks:
     def leave(self, error: BaseException) -> None:
         """Tell the others at their next meeting, unless they know; raises the error."""
         if not self.is_alone and error is not self._met:
-            self._meet("nothing more", Shared(), (), error)
+            with self.in_one_piece():
+                self._meet("nothing more", Shared(), (), error)
 
     def gather(self, value: Any) -> list[Any]:
         """A small picklable value of every rank, in their order. Collective."""
         if self.is_alone:
             return [value]
         found: list[Any] = [None] * self.size
-        with self._exchange("exchanging notes"):
+        with self.in_one_piece(), self._exchange("exchanging notes"):
             torch.distributed.all_gather_object(found, value, group=self._group)
         return found
 
@@ -305,7 +328,7 @@ class Ranks:
         if self.is_alone:
             return value
         box: list[bytes | None] = [_pickled(value) if self.rank == source else None]
-        with self._exchange("sending a result"):
+        with self.in_one_piece(), self._exchange("sending a result"):
             torch.distributed.broadcast_object_list(box, src=self.members[source], group=self._group)
         return value if box[0] is None or self.rank == source else pickle.loads(box[0])
 
@@ -317,6 +340,10 @@ class Ranks:
         Raises:
             LostRankError: another rank is gone.
         """
+        with self.in_one_piece():
+            return self._closed(what, error, value)
+
+    def _closed(self, what: str, error: Exception | None, value: float) -> tuple[Exception, str] | None:
         while not self.is_alone:
             rows = self._rows(_CLOSING, 0, [value], (), error)
             together = bool((rows[:, 0] == rows[0, 0]).all())
@@ -343,6 +370,25 @@ class Ranks:
         if any(other != found[0] for other in found):
             shown = "; ".join(f"rank {r}: {other}" for r, other in zip(self.members, found, strict=True))
             raise RanksApartError(f"the ranks must have the same {what}, and have {shown}")
+
+    @contextlib.contextmanager
+    def in_one_piece(self) -> Iterator[None]:
+        """Inside, Ctrl-C waits: a rank that leaves in the middle of an exchange has nothing to tell the others with.
+
+        It waits anyway while a collective does, which nothing but the group's timeout interrupts.
+        """
+        before = signal.getsignal(signal.SIGINT)
+        if self.is_alone or not callable(before) or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        waiting: list[FrameType | None] = []
+        signal.signal(signal.SIGINT, lambda number, frame: waiting.append(frame))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+            for frame in waiting:
+                before(signal.SIGINT, frame)
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
@@ -372,11 +418,13 @@ class Ranks:
     def _rows(
         self, what: str, size: int, numbers: list[float], where: Sequence[Tensor | None], error: BaseException | None
     ) -> Tensor:
-        """What every rank says: kind, size of its vector, whether it failed; ``says``; two numbers for each of two points;
-        numbers.
+        """What every rank says: kind, size of its vector, whether it failed; two numbers of each speaker and of each of two
+        points; numbers.
         """
         flag = _OK if error is None else _FAILED if isinstance(error, Exception) else _LEFT
-        row = [float(zlib.crc32(what.encode())), float(size), flag, *self.says()]
+        row = [float(zlib.crc32(what.encode())), float(size), flag]
+        row += itertools.chain.from_iterable(speaker.says() for speaker in self._speakers)
+        row += [0.0] * (_POINTS - len(row))
         row += itertools.chain.from_iterable(map(_digest, where)) if error is None else ()
         row += [0.0] * (_VALUES - len(row)) + numbers + [0.0] * (_NUMBERS - len(numbers))
         table = torch.zeros((self.size, _VALUES + _NUMBERS), dtype=torch.float64, device=_device(self._group))
@@ -384,7 +432,8 @@ class Ranks:
         with self._exchange(what):
             torch.distributed.all_reduce(table, group=self._group)
             rows = table.cpu()
-        self.hears(rows[:, _SAID:_POINTS].tolist())
+        for i, speaker in enumerate(self._speakers):
+            speaker.hear(rows[:, _SAID + 2 * i : _SAID + 2 * i + 2].tolist())
         return rows
 
     def _summed(self, vector: Tensor) -> Tensor:
@@ -398,8 +447,8 @@ class Ranks:
     def _exchange(self, doing: str) -> Iterator[None]:
         """Around a collective: a group that broke is a LostRankError.
 
-        A rank that is interrupted inside has left the others in the middle of something, and can tell them no more; they
-        find out when its process ends, or by the group's timeout.
+        What interrupts a rank inside, other than Ctrl-C, it cannot tell the others any more; they find out when its process
+        ends, or by the group's timeout.
         """
         try:
             yield

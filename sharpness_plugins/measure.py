@@ -136,13 +136,12 @@ def measure_sharpness(
                 on_interrupt=on_interrupt,
                 shared=not group.is_alone,
             )
-        group.says, group.hears = switch.says, switch.hear
         asked = {
             key: {k: v for k, v in registry.metric_settings(metric).items() if isinstance(v, _PLAIN)}
             for key, metric in chosen.items()
         }
         group.agree("metrics and settings", [asked, seed, batch_norm, max_samples])
-    with switch:
+    with group.attended_by(switch), switch:
         with group.together():
             objective = Objective(
                 model,

@@ -84,7 +84,8 @@ def kept_in(
         file = StateFile(cast("str", path), identity) if ranks.rank == 0 else None
     recorder = Recorder(file, work=objective.work, set_work=objective.set_work, like=objective.origin, ranks=ranks)
     try:
-        yield Keeper(recorder, list(metrics))
+        with ranks.attended_by(recorder):
+            yield Keeper(recorder, list(metrics))
     finally:
         recorder.close()
 

@@ -54,7 +54,7 @@ class Recorder:
 
     On several ranks that measure together, which take the same steps, the first one has the file, and the others the answers
     that it finds there: what was in the file at the beginning is recalled on all of them, or on none. To keep a step then
-    takes a meeting and a gathering beside the writing.
+    takes a meeting and a gathering beside the writing; what is affordable, the first one says at every meeting.
 
     Args:
         file: where to; None on all ranks but the first.
@@ -78,7 +78,10 @@ class Recorder:
         self._work, self._set_work = work, set_work
         self._device = like.device
         self._limit = _MOST_VECTORS * like.numel() * like.element_size() + 16 * _SMALL
-        self._computed = self._spent = 0.0
+        self._computed = self._spent = self._exchanged = 0.0
+        self._exchanges = 0
+        self._began: float | None = None  # the step in hand
+        self._heard = 0.0  # bytes
         self._allowance = _ALLOWANCE
         self._written = 0
         self._flushed = time.monotonic()
@@ -103,9 +106,10 @@ class Recorder:
         """Whether there is such a step, of these numbers and tensors, and its answer; the same on every rank."""
         if not self._may_have(key):
             return False, None
-        with self._ranks.sharing(f"the kept {key}"):
-            found = self._found(key, kind, about)
-        found = self._ranks.of(0, found)
+        with self._ranks.in_one_piece():
+            with self._ranks.sharing(f"the kept {key}"):
+                found = self._found(key, kind, about)
+            found = self._ranks.of(0, found)
         if found == _OTHER:
             self._forget(key.split("/")[0] + "/")
         if not isinstance(found, _Kept):
@@ -152,15 +156,12 @@ class Recorder:
         """Write an answer, if that can be afforded; ``must`` for what is small or replaces more than it adds."""
         if stopping.is_stopped() or (self._file is None and self._ranks.is_alone):  # stopped, it is not the whole answer
             return
-        with self._timed():
-            with self._ranks.sharing(f"keeping {key}"):
-                own = self._work()
-            work = self._ranks.gather(own)  # each rank has its batches, its micro-batches and its way of products
-        if self._file is None:
-            return
         with self._bearing_a_full_disk(), contextlib.suppress(TypeError):  # a third party's details, say, go into no file
             size = bytes_of(answer)
-            if not must and size > _SMALL and not self._affords(size):
+            if not must and not self._affords(size):
+                return
+            work = self._work_of_all(key)
+            if self._file is None:
                 return
             self._file.write(key, answer, [kind, digest(about), work], drop=drop)
             self._written += size
@@ -168,13 +169,47 @@ class Recorder:
                 self._file.flush()
                 self._flushed = time.monotonic()
 
-    def computed(self, seconds: float) -> None:
-        self._computed += seconds
+    def _work_of_all(self, key: str) -> list[Any]:
+        """Each rank has its batches, its micro-batches and its way of products."""
+        if self._ranks.is_alone:
+            return [self._work()]
+        began = time.perf_counter()
+        with self._ranks.in_one_piece():
+            with self._ranks.sharing(f"keeping {key}"):
+                own = self._work()
+            found = self._ranks.gather(own)
+        self._exchanged += time.perf_counter() - began
+        self._exchanges += 1
+        return found
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around what a step computes."""
+        self._began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._computed += time.perf_counter() - self._began
+            self._began = None
+
+    def says(self) -> tuple[float, float]:
+        return self._room(), 0.0
+
+    def hear(self, said: Sequence[Sequence[float]]) -> None:
+        self._heard = said[0][0]
 
     def _affords(self, size: int) -> bool:
-        rate = self._written / self._spent if self._written > 10 * _SMALL else _FIRST_RATE
-        fits = self._file is not None and self._file.live_bytes + size <= self._limit
-        return fits and self._spent + size / rate <= _SHARE * self._computed + self._allowance
+        return size <= max(self._room(), _SMALL) if self._ranks.is_alone else size <= self._heard
+
+    def _room(self) -> float:
+        """Bytes that can be kept now; below zero for nothing at all."""
+        if self._file is None:
+            return -1.0
+        rate = self._written / (self._spent - self._exchanged) if self._written > 10 * _SMALL else _FIRST_RATE
+        exchange = self._exchanged / max(self._exchanges, 1)
+        computed = self._computed + (0.0 if self._began is None else time.perf_counter() - self._began)
+        seconds = _SHARE * computed + self._allowance - self._spent - exchange
+        return min(seconds * rate, self._limit - self._file.live_bytes) if seconds >= 0 else -1.0
 
     @contextlib.contextmanager
     def _bearing_a_full_disk(self) -> Iterator[None]:
@@ -233,13 +268,12 @@ class Scope:
         there, answer = recorder.recall(key, kind, about)
         if there:
             return answer  # type: ignore[no-any-return]
-        began = time.perf_counter()
         token = _CURRENT.set(None)
         try:
-            made = compute()
+            with recorder.computing():
+                made = compute()
         finally:
             _CURRENT.reset(token)
-        recorder.computed(time.perf_counter() - began)
         recorder.keep(key, kind, made, about)
         return made
 

@@ -8,6 +8,7 @@ import json
 import math
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 
 import rank_checks
 from rank_checks import network, own_part, quiet, raised, sharded, told, whole
-from sharpness_plugins import basis, distributed, measure_sharpness, state_file, stopping
+from sharpness_plugins import basis, distributed, measure_sharpness, state_file, steps, stopping
 from sharpness_plugins.errors import LostRankError
 from sharpness_plugins.metrics import EpsilonBox, HessianTopK, HessianTrace, RandomSubspace
 from sharpness_plugins.objective import Objective
@@ -127,6 +128,24 @@ def check_ctrl_c_is_raised(rank: int, world_size: int) -> dict[str, Any]:
     return {}
 
 
+def check_ctrl_c_while_waiting(rank: int, world_size: int) -> dict[str, Any]:
+    """Rank 1 waits for the gradient of rank 0 when it is interrupted, and gives it what it needs before it leaves."""
+
+    def slow(objective: Any, rng: Any) -> MetricResult:
+        if rank == 0:
+            time.sleep(1.0)
+        else:
+            threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+        objective.value_and_grad()
+        return MetricResult(objective.value())
+
+    try:
+        measure_sharpness(network(), whole(20), {"slow": slow}, on_interrupt="raise")
+    except (KeyboardInterrupt, LostRankError) as error:
+        return {"lost": str(error) or type(error).__name__}
+    return {}
+
+
 # ---------------------------------------------------------------------- state files
 
 
@@ -172,6 +191,16 @@ class Counter:
             Objective._batches = batches  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def keeping_all(*, allowance: float = math.inf) -> Iterator[None]:
+    """However long it takes to keep a step on a busy machine."""
+    steps._ALLOWANCE, before = allowance, steps._ALLOWANCE
+    try:
+        yield
+    finally:
+        steps._ALLOWANCE = before
+
+
 def folder_of_all() -> Path:
     return Path(distributed.from_rank_zero(tempfile.mkdtemp()))
 
@@ -191,7 +220,7 @@ def numbers(report: SharpnessReport) -> dict[str, Any]:
 
 def killed_again_and_again(path: Path, model: Any, loader: Any, metrics: list[Any], lives: list[int]) -> dict[str, Any]:
     counter, kills, made = Counter(), 0, 0
-    with counter.counting():
+    with counter.counting(), keeping_all():
         uninterrupted = measure_sharpness(model, loader, metrics)
         needed = counter.count
         for limit in [*lives, math.inf]:
@@ -332,6 +361,28 @@ def check_another_path(rank: int, world_size: int) -> dict[str, Any]:
     }
 
 
+def check_what_cannot_be_afforded(rank: int, world_size: int) -> dict[str, Any]:
+    """Is not kept, on any rank, and is computed again."""
+    path, counter = place(folder_of_all(), rank), Counter()
+
+    def descends(objective: Any, rng: Any) -> MetricResult:
+        point = torch.zeros_like(objective.origin)
+        for _ in range(15):
+            value, gradient = objective.value_and_grad(point)
+            point = point - 0.1 * gradient
+        return MetricResult(value, details={"norm": gradient.norm().item()})
+
+    uninterrupted = numbers(measure_sharpness(wider(), whole(20), {"descends": descends}))
+    with keeping_all(allowance=-math.inf), counter.counting():
+        counter.limit = 12
+        with contextlib.suppress(Kill):
+            measure_sharpness(wider(), whole(20), {"descends": descends}, state_file=path)
+        kept = path.stat().st_size if rank == 0 else 0
+        counter.count, counter.limit = 0, math.inf
+        report = measure_sharpness(wider(), whole(20), {"descends": descends}, state_file=path)
+    return {"kept": kept, "same": numbers(report) == uninterrupted, "evaluations": counter.count}
+
+
 def check_what_one_rank_evaluates_by_itself(rank: int, world_size: int) -> dict[str, Any]:
     """Is its own, and in no file that all of them read."""
     path, counter = place(folder_of_all(), rank), Counter()
@@ -387,5 +438,6 @@ def begins(rank: int) -> Any:
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
-IN_PROCESS = [name for name in CHECKS if name != "ctrl_c_is_raised"]
+ENDING = ("ctrl_c_is_raised", "ctrl_c_while_waiting")
+IN_PROCESS = [name for name in CHECKS if name not in ENDING]
 CHECKS |= {"lived": lived, "interrupted": interrupted}

@@ -114,10 +114,11 @@ def wait_until(holds: Any, seconds: float = 120.0) -> None:
         time.sleep(2e-3)
 
 
-def test_one_that_asked_for_an_exception_takes_the_others_with_it(tmp_path):
-    processes, folder = start_one(tmp_path, 2, "ctrl_c_is_raised")
+@pytest.mark.parametrize("how", stop_checks.ENDING)
+def test_one_that_asked_for_an_exception_takes_the_others_with_it(tmp_path, how):
+    processes, folder = start_one(tmp_path, 2, how)
     assert end(processes) == [0, 0]
-    first, second = (found["ctrl_c_is_raised"]["lost"] for found in rank_checks.results(folder, 2))
+    first, second = (found[how]["lost"] for found in rank_checks.results(folder, 2))
     assert first == "rank 1 left the measurement: KeyboardInterrupt"
     assert second == "KeyboardInterrupt"
 
@@ -226,6 +227,13 @@ def test_a_full_disk_costs_the_state_and_nothing_else(told):
     assert second["said"] == []
 
 
+def test_what_would_take_too_long_to_keep_is_computed_again(told):
+    for rank, answer in enumerate(of(told, 2, "what_cannot_be_afforded")):
+        assert answer["same"]
+        assert answer["evaluations"] == 1 + 15
+        assert answer["kept"] < 1000 or rank  # the head, and no gradient of 147 numbers
+
+
 def test_another_path_is_noticed_and_computed_again(told):
     first, second = of(told, 2, "another_path")
     assert "is computed again" in first["said"][0]
@@ -246,17 +254,19 @@ def test_real_kills_of_all_ranks_and_of_one(tmp_path, size):
     state, draws = tmp_path / "state", random.Random(size)
     state.unlink()
     victims: list[list[int]] = [list(range(size)), [size - 1], [0], list(range(size))][: 4 if size == 2 else 2]
+    killed = 0
     for who in victims:
         processes, folder = start_one(tmp_path, size, "lived")
         wait_for_changes(state, draws.randint(4, 25))
         for rank in who:
             processes[rank].kill()
-        end(processes)
+        killed += [-signal.SIGKILL] * len(who) == [end(processes)[rank] for rank in who]
         for rank in set(range(size)) - set(who):
             found = json.loads((folder / f"{rank}.json").read_text())["lived"]
             assert "the group of ranks broke while" in found["lost"]
         content = state.read_bytes()
         assert content.startswith(b"sharpness-plugins state 1\n")
+    assert killed >= 2  # in the middle
     processes, folder = start_one(tmp_path, size, "lived")
     assert end(processes) == [0] * size
     for found in rank_checks.results(folder, size):
