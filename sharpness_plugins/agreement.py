@@ -34,7 +34,8 @@ def on_weights(space: ParameterSpace, ranks: Ranks) -> list[str]:
         return []
     with ranks.sharing("looking at the weights"):
         names = list(zip(space.names, map(tuple, space.shapes), strict=True))
-        weights = [_sums(space.origin), *(_sums(space.constant(name)) for name in space.constants)]
+        own = [_sums(space.origin)] if space.layout.is_whole else []  # shards differ
+        weights = [*own, *(_sums(space.constant(name)) for name in space.constants)]
         buffers = {name: _sums(buffer) for name, buffer in space.buffers.items()}
     found = ranks.gather((names, weights, buffers))
     if any(other[0] != names for other in found):
@@ -72,14 +73,18 @@ def on_rule(rule: LossRule | None, ranks: Ranks) -> LossRule:
     return LossRule(description, _of_nothing, axis, None if fallback is None else LossRule(fallback, _of_nothing))
 
 
-def is_sum_of_pieces(evaluator: Evaluator, batch: Batch, count: int, seed: int) -> bool:
-    """Whether the mean loss of a batch is that of its pieces, at the trained weights and at others nearby."""
+def is_sum_of_pieces(evaluator: Evaluator, batch: Batch, count: int, seed: int, ranks: Ranks) -> bool:
+    """Whether the mean loss of a batch is that of its pieces, at the trained weights and at others nearby.
+
+    Args:
+        ranks: those that evaluate together.
+    """
     origin, size = evaluator.space.origin, batch.num_samples
     if size is None:
         return False
-    noise = sampling.normal(evaluator.space.dim, sampling.generator_for(seed, "pieces"), origin)
+    noise = evaluator.space.layout.normal(sampling.generator_for(seed, "pieces"), origin)
     evaluator.sizes[batch.position] = size
-    with contextlib.suppress(Exception), torch.enable_grad():
+    with contextlib.suppress(Exception), torch.enable_grad(), ranks.sharing("comparing pieces with the whole"):
         for point in (origin, origin + 0.1 * (origin.abs() + 0.1) * noise):
             loss, weight = evaluator.value(point, batch)
             pieces = []

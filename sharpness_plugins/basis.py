@@ -9,26 +9,29 @@ from torch import Tensor
 
 from . import distributed, reductions
 from .distributed import Ranks
+from .layout import WHOLE, Layout
 
 __all__ = ["STORAGES", "Basis", "bytes_per_vector"]
 
 STORAGES = ("full", "half", "host")
 
 _COLUMNS = 2**19  # bounds what is copied or converted at a time; measured on a CPU, a fifth faster than 2^15
+_SMALL_REST = 0.5  # of a squared norm
 
 
 WORTH_SHARING = 2**27  # bytes of a vector, from which on ranks keep a part of each; a step then sends one vector more
 
 
-def bytes_per_vector(like: Tensor, storage: str) -> int:
-    """What one vector of the shape and dtype of ``like`` takes on each rank."""
-    part = -(-like.numel() // _ranks_of(like).size)
-    return part * (2 if storage == "half" else like.element_size())
+def bytes_per_vector(like: Tensor, storage: str, layout: Layout = WHOLE) -> int:
+    """What one vector of the shape and dtype of ``like`` takes on a rank; of shards, on the rank with the largest."""
+    part = -(-like.numel() // _ranks_of(like, layout).size)
+    return int(layout.largest(part * (2 if storage == "half" else like.element_size())))
 
 
-def _ranks_of(like: Tensor) -> Ranks:
-    """Those that keep a part of each vector: the ranks of the measurement that goes on, where that is worth while."""
-    return distributed.measuring() if like.numel() * like.element_size() >= WORTH_SHARING else Ranks()
+def _ranks_of(like: Tensor, layout: Layout) -> Ranks:
+    """Those that keep a part of each whole vector: the ranks of the measurement that goes on, where that is worth while."""
+    is_long = like.numel() * like.element_size() >= WORTH_SHARING
+    return distributed.measuring() if layout.is_whole and is_long else Ranks()
 
 
 class Basis:
@@ -38,19 +41,22 @@ class Basis:
         storage: "full" keeps them as they are; "half" in float16, scaled by √dim so that the entries of a unit vector are
             near 1 (half the memory; the vectors are then orthonormal to 1e-4); "host" in the memory of the host, streamed
             to the device of ``like`` at every use.
-    On several ranks that measure together, each keeps its part of every long vector, and vectors that go in and come out are
-    whole: all methods but ``store`` and ``rotate`` are collective then.
+        layout: of the vectors. With shards, each rank keeps those that it is given, and only ``orthogonalize`` is
+            collective.
+    On several ranks that measure together, each keeps its part of every long vector that is whole, and vectors that go in
+    and come out are whole: all methods but ``store`` and ``rotate`` are collective then.
     """
 
-    def __init__(self, size: int, like: Tensor, storage: str = "full") -> None:
-        self.dim = like.numel()
+    def __init__(self, size: int, like: Tensor, storage: str = "full", layout: Layout = WHOLE) -> None:
+        self.dim, self._layout = layout.length(like), layout
         self._like = like.new_empty(0)
         self._scale = self.dim**0.5 if storage == "half" else 1.0
         dtype = torch.float16 if storage == "half" else like.dtype
         device = torch.device("cpu") if storage == "host" else like.device
-        self._ranks = _ranks_of(like)
-        part = -(-self.dim // self._ranks.size)
-        self._own = slice(min(self._ranks.rank * part, self.dim), min((self._ranks.rank + 1) * part, self.dim))
+        self._ranks = _ranks_of(like, layout)
+        here = like.numel()
+        part = -(-here // self._ranks.size)
+        self._own = slice(min(self._ranks.rank * part, here), min((self._ranks.rank + 1) * part, here))
         self._width = self._own.stop - self._own.start
         self._rows = torch.empty((size, self._width), dtype=dtype, device=device)
 
@@ -113,6 +119,9 @@ class Basis:
         is left of them and subtracts that, which is as accurate as measuring twice and reads the rows twice and not four
         times.
 
+        With shards, the coefficients and the squared norm before they are subtracted take one sum over the ranks together;
+        a second one where little is left after it.
+
         Args:
             w: shape ``(dim,)``; not written to, unless it is ``out``.
             expected: shape ``(filled,)``, float64 on the device of ``w``; zero before ``first``.
@@ -127,6 +136,8 @@ class Basis:
             rows = self._loaded(slice(filled), columns)
             torch.addmv(w[columns], rows[first:].T, known, out=left[columns])
             lacked.append(reductions.matvec(rows, left[columns]))
+        if not self._layout.is_whole:
+            return whole, *self._corrected_shard(left, torch.stack(lacked).sum(dim=0))
         with self._ranks.sharing("coefficients in a basis") as shared:
             shared.vector = torch.stack(lacked).sum(dim=0)
         correction = shared.vector
@@ -145,6 +156,18 @@ class Basis:
         assert shared.vector is not None
         whole.copy_(shared.vector)
         return whole, correction, square.new_tensor(shared.numbers[0])
+
+    def _corrected_shard(self, left: Tensor, lacked: Tensor) -> tuple[Tensor, Tensor]:
+        """Subtract what is still lacked, by the sum over all shards: that, and the squared norm of the whole answer."""
+        told = self._layout.sums(torch.cat([lacked, reductions.dot(left, left)[None]]))
+        correction, before = told[:-1], told[-1]
+        rest = -correction.to(left.dtype)
+        for columns in self._blocks():
+            left[columns].addmv_(self._loaded(slice(len(rest)), columns).T, rest)
+        square = before - correction.square().sum()
+        if square < _SMALL_REST * before:  # of such a difference few digits are right
+            square = self._layout.dot(left, left)
+        return correction, square
 
     def rotate(self, rotation: Tensor) -> None:
         """Replace the first rows by ``rotationᵀ rows``, in place; ``rotation`` has shape ``(filled, kept)``, float64."""

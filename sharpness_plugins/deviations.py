@@ -90,7 +90,7 @@ class DeviationSums:
         """All were added, on every rank; from now on these are the sums over the ranks. Collective.
 
         Groups that are at most ``most_rows`` over all ranks are all paired. Of more, pairs are of groups on one rank, and
-        the errors depend on the shares as they do on the batches.
+        the errors depend on the shares as they do on the batches; ``GradientNoiseScale`` says by how much.
         """
         ranks = self._ranks
         if ranks.is_alone:

@@ -11,7 +11,7 @@ import pickle
 import signal
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -24,10 +24,12 @@ from .errors import LostRankError, RanksApartError, RemoteFailureError
 
 __all__ = [
     "RANKS",
+    "MemoryRanOut",
     "Ranks",
     "RanksLike",
     "RanksOf",
     "Shared",
+    "Step",
     "from_rank_zero",
     "is_spread",
     "measuring",
@@ -56,7 +58,8 @@ _POINTS = _SAID + 2 * _SPEAKERS
 _VALUES = _POINTS + 4
 _CLOSING = "the end"
 _APART = 1e-4  # of the sum of magnitudes: points that differ by more are other points, not other rounding
-_OK, _FAILED, _LEFT = 0.0, 1.0, 2.0
+_OK, _FAILED, _LEFT, _FULL = 0.0, 1.0, 2.0, 3.0
+_STEP = "the next step"
 
 
 def _is_running() -> bool:
@@ -198,6 +201,22 @@ class Shared:
         self.vector: Tensor | None = None
 
 
+class MemoryRanOut(Exception):
+    """Of one of the ranks, in the middle of what all of them did."""
+
+
+class Step(NamedTuple):
+    """A step that all ranks take together, as numbers; what they mean, those say who take it."""
+
+    kind: int
+    of: int = 0
+    row: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"step {self.kind} of module {self.of}"
+
+
 class _Told(NamedTuple):
     """Of a rank: what it did, what it failed of, whether that ends it, and whether it heard of that failure from another."""
 
@@ -289,6 +308,8 @@ class Ranks:
         except LostRankError:
             raise
         except BaseException as raised:
+            if raised is self._met:
+                raise
             error = raised
         with self.in_one_piece():
             self._meet(what, shared, where, error)
@@ -371,6 +392,48 @@ class Ranks:
             shown = "; ".join(f"rank {r}: {other}" for r, other in zip(self.members, found, strict=True))
             raise RanksApartError(f"the ranks must have the same {what}, and have {shown}")
 
+    # ------------------------------------------------------------------ evaluations that talk on the way
+
+    def next_step(self, step: Step | None, *, memory_ran_out: bool = False) -> Step | None:
+        """What all ranks do next, inside of ``sharing``: what those that ask for a step ask for; None where none does.
+
+        Args:
+            step: None where this rank does what the others do.
+            memory_ran_out: of this rank, which ends what all of them do.
+        Raises:
+            MemoryRanOut: of some rank.
+            RemoteFailureError, RanksApartError, LostRankError: as ``sharing``.
+        """
+        rows = self._rows(_STEP, 0, [0.0] if step is None else [1.0, *step], (), None, flag=_FULL if memory_ran_out else _OK)
+        flags, asked = rows[:, 2], rows[rows[:, _VALUES] == 1, _VALUES:]
+        together = bool((rows[:, 0] == rows[0, 0]).all())
+        if together and bool((flags == _FULL).any()):
+            raise MemoryRanOut
+        if not together or bool(flags.any()) or bool((asked != asked[:1]).any()):
+            self._met = self._failure(self._told(f"asked for {'nothing' if step is None else step.name}", None))
+            raise self._met
+        return Step(*map(int, asked[0, 1:].tolist())) if len(asked) else None
+
+    def gathered(self, own: Tensor) -> Tensor:
+        """The vectors of all ranks, shape ``(n,)`` each on every rank, as rows ``(size, n)``. Collective."""
+        if self.is_alone:
+            return own[None]
+        sent = own.to(_device(self._group)) if _needs_cuda(self._group) else own
+        rows = sent.new_empty(self.size * len(own))  # flat: gloo takes no other
+        with self.in_one_piece(), self._exchange("sending weights"):
+            _collective("all_gather_single", "all_gather_into_tensor")(rows, sent.contiguous(), group=self._group)
+        return rows.view(self.size, -1).to(own.device)
+
+    def scattered_sum(self, rows: Tensor) -> Tensor:
+        """This rank's row, shape ``(n,)``, of the sum of what all ranks have, shape ``(size, n)`` each. Collective."""
+        if self.is_alone:
+            return rows[0]
+        sent = rows.to(_device(self._group)) if _needs_cuda(self._group) else rows
+        own = sent.new_empty(rows.shape[1])
+        with self.in_one_piece(), self._exchange("adding up shards"):
+            _collective("reduce_scatter_single", "reduce_scatter_tensor")(own, sent.reshape(-1), group=self._group)
+        return own.to(rows.device)
+
     @contextlib.contextmanager
     def in_one_piece(self) -> Iterator[None]:
         """Inside, Ctrl-C waits: a rank that leaves in the middle of an exchange has nothing to tell the others with.
@@ -416,12 +479,20 @@ class Ranks:
             shared.vector = self._summed(vector)
 
     def _rows(
-        self, what: str, size: int, numbers: list[float], where: Sequence[Tensor | None], error: BaseException | None
+        self,
+        what: str,
+        size: int,
+        numbers: list[float],
+        where: Sequence[Tensor | None],
+        error: BaseException | None,
+        *,
+        flag: float = _OK,
     ) -> Tensor:
         """What every rank says: kind, size of its vector, whether it failed; two numbers of each speaker and of each of two
         points; numbers.
         """
-        flag = _OK if error is None else _FAILED if isinstance(error, Exception) else _LEFT
+        if error is not None:
+            flag = _FAILED if isinstance(error, Exception) else _LEFT
         row = [float(zlib.crc32(what.encode())), float(size), flag]
         row += itertools.chain.from_iterable(speaker.says() for speaker in self._speakers)
         row += [0.0] * (_POINTS - len(row))
@@ -545,6 +616,12 @@ def _group_of(given: Any) -> Any:
             "others need not wait for them."
         )
     return group
+
+
+def _collective(name: str, before: str) -> Callable[..., Any]:
+    """By its name in this version of torch."""
+    found: Callable[..., Any] = getattr(torch.distributed, name, None) or getattr(torch.distributed, before)
+    return found
 
 
 def _pickled(value: Any) -> bytes | None:

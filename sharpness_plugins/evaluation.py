@@ -16,7 +16,7 @@ from .errors import NonFiniteLossError
 from .losses import LossRule
 from .space import ParameterSpace
 
-__all__ = ["CutOffError", "Evaluator", "LossSums", "WeightlessError", "gradient_of", "joined", "mean_of"]
+__all__ = ["CutOffError", "Evaluator", "LossSums", "WeightlessError", "gradient_of", "mean_of"]
 
 T = TypeVar("T")
 
@@ -26,7 +26,13 @@ class CutOffError(ValueError):
 
 
 class WeightlessError(ValueError):
-    """Every target is ignored in some part of a batch: it has no loss, and nothing of it counts."""
+    """Every target is ignored in some part of a batch: it has no loss, and nothing of it counts.
+
+    Attributes:
+        lent: what came of the data of other ranks meanwhile, where weights lie in shards.
+    """
+
+    lent: Any = None
 
 
 class Evaluator:
@@ -101,17 +107,20 @@ class Evaluator:
 
         try:
             return self.loss(leaf, batch, use)
-        except WeightlessError:
-            return self._nothing, self._nothing, torch.zeros_like(leaf)
+        except WeightlessError as error:
+            return self._nothing, self._nothing, torch.zeros_like(leaf) if error.lent is None else error.lent.gradient
 
     def look_elsewhere(self, batch: Batch, seed: int) -> None:
         """A rule that was read off the loss at the origin must hold at other weights, too."""
         if self.rule is None or self.rule.fallback is None:
             return
-        origin = self.space.origin
-        noise = sampling.normal(self.space.dim, sampling.generator_for(seed, "elsewhere"), origin)
         with torch.no_grad():
-            self.call(self.rule.loss_fn, (origin.abs() + 0.1) * noise, batch)
+            self.call(self.rule.loss_fn, self.elsewhere(seed), batch)
+
+    def elsewhere(self, seed: int) -> Tensor:
+        """Random weights of about the size of the trained ones."""
+        origin = self.space.origin
+        return (origin.abs() + 0.1) * self.space.layout.normal(sampling.generator_for(seed, "elsewhere"), origin)
 
     def inside(self, flat: Tensor, batch: Batch, use: Callable[[], T]) -> T:
         """``use()``, while the weights ``flat`` are in the model, which is not called."""
@@ -178,7 +187,7 @@ def gradient_of(share: Tensor, leaf: Tensor, position: int, *, create_graph: boo
     return gradient
 
 
-def joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Mean and weight of a batch from those of its parts; a part without weight has no mean."""
     if len(parts) == 1:
         return parts[0]
@@ -190,15 +199,15 @@ class LossSums:
     """Losses and weights of this rank's batches, added up in float64 without waiting for the device."""
 
     def __init__(self) -> None:
-        self._losses: list[Tensor] = []
-        self._weights: list[Tensor] = []
+        self._parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def add(self, loss: Tensor, weight: Tensor) -> None:
-        self._losses.append(loss)
-        self._weights.append(weight)
+    def add(self, position: int, loss: Tensor, weight: Tensor) -> None:
+        """Of a batch, or of a part of it."""
+        self._parts.setdefault(position, []).append((loss, weight))
 
     def weightless(self) -> set[int]:
-        return {i for i, weight in enumerate(self._weights) if weight == 0}
+        """Positions of the batches of which every target is ignored."""
+        return {position for position, (_, weight) in self._joined().items() if weight == 0}
 
     def totals(self, *, at_origin: bool) -> list[float]:
         """Sum of weighted losses, sum of weights.
@@ -206,12 +215,10 @@ class LossSums:
         Raises:
             NonFiniteLossError: at the origin, the loss of some batch is NaN or infinite.
         """
-        if not self._losses:
+        if not self._parts:
             return [0.0, 0.0]
-        w = torch.stack(self._weights)
-        losses = torch.where(
-            w > 0, torch.stack(self._losses), 0.0
-        )  # a batch without weight (every target ignored) has no mean
+        given, w = (torch.stack(column) for column in zip(*self._joined().values(), strict=True))
+        losses = torch.where(w > 0, given, 0.0)  # a batch without weight (every target ignored) has no mean
         totals: list[float] = torch.stack([(losses * w).sum(), w.sum()]).tolist()
         if at_origin and not math.isfinite(totals[0]):
             bad = [i for i, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
@@ -221,6 +228,9 @@ class LossSums:
                     _no_minimum(losses[bad[0]].item(), f" on batch {which} of {len(losses)} (counted from 0)")
                 )
         return totals
+
+    def _joined(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {position: _joined(parts) for position, parts in self._parts.items()}
 
 
 def mean_of(totals: list[float], *, at_origin: bool) -> float:

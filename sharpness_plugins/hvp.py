@@ -19,7 +19,18 @@ from .evaluation import CutOffError, Evaluator, WeightlessError, gradient_of
 from .memory import MemoryBudget, free_bytes, is_out_of_memory
 from .micro_batches import Part
 
-__all__ = ["HVP_MODES", "HessianProducts"]
+__all__ = [
+    "ASYMMETRY",
+    "DIFFERENCES",
+    "DISAGREEMENT",
+    "FRESH",
+    "HVP_MODES",
+    "KINK",
+    "STEP",
+    "HessianProducts",
+    "heads",
+    "short",
+]
 
 RETAINED, FRESH, FORWARD, DIFFERENCES = (
     "retained double backward",
@@ -31,10 +42,10 @@ HVP_MODES = ("auto", RETAINED, FRESH, FORWARD, DIFFERENCES)
 
 _PROBE_SAMPLES = 8
 # of the norm of a product with a standard normal vector u, of which uᵀHv has the size
-_ASYMMETRY = {torch.float32: 1e-2, torch.float64: 1e-4}
-_DISAGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-4}
-_STEP = {torch.float32: 5e-3, torch.float64: 6e-6}  # the cube root of the rounding unit
-_KINK = 0.05  # between differences with one step and a quarter of it; measured, 1e-3 on tanh networks and 1 on ReLU ones
+ASYMMETRY = {torch.float32: 1e-2, torch.float64: 1e-4}
+DISAGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-4}
+STEP = {torch.float32: 5e-3, torch.float64: 6e-6}  # the cube root of the rounding unit
+KINK = 0.05  # between differences with one step and a quarter of it; measured, 1e-3 on tanh networks and 1 on ReLU ones
 # what the probe costs, in gradients on its few samples
 _TWO_PRODUCTS, _ONE_PRODUCT, _TWO_DIFFERENCES = 5.0, 3.0, 4.0
 
@@ -173,7 +184,7 @@ class HessianProducts:
         if mode == FORWARD:
             return self._forward_over_reverse(point, rows, batch)
         if mode == DIFFERENCES:
-            return torch.stack([self._difference(point, row, batch, _STEP[row.dtype]) for row in rows])
+            return torch.stack([self._difference(point, row, batch, STEP[row.dtype]) for row in rows])
         return self._double_backward(point, rows, batch)
 
     # ------------------------------------------------------------------ the ways
@@ -293,7 +304,7 @@ class HessianProducts:
         causes: dict[str, Exception] = {}
         if self._asked == DIFFERENCES:
             return self._without_kinks(batch)
-        for few in _heads(batch):
+        for few in heads(batch):
             causes = {}
             if (mode := self._probe(few, causes)) is not None:
                 if self._forms and mode != FORWARD:
@@ -340,7 +351,7 @@ class HessianProducts:
         mode, others = candidates[0], [other for other in found if other != candidates[0]]
         if not all(product.isfinite().all() for product in found.values()):
             self.check = "the products are not finite"
-        elif others and (apart := _apart(found[mode], found[others[0]])) <= _DISAGREEMENT[self._dtype]:
+        elif others and (apart := _apart(found[mode], found[others[0]])) <= DISAGREEMENT[self._dtype]:
             self.check = f"uᵀHv = vᵀHu, and {others[0]} agrees to {apart:.0e}"
         else:
             mode = self._verified(candidates, found, pair[0], batch, causes)
@@ -364,23 +375,23 @@ class HessianProducts:
         """
         assert self._point is not None
         self._spend(_TWO_DIFFERENCES, batch)
-        step = _STEP[torch.float64]
+        step = STEP[torch.float64]
         try:
             near, nearer = (self._difference(self._point.double(), row.double(), batch, h) for h in (step, step / 4))
             scatter = _apart(nearer, near)
-            reason = "differences of gradients with two steps disagree" if scatter > _KINK else ""
+            reason = "differences of gradients with two steps disagree" if scatter > KINK else ""
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            reason = f"the model does not run in float64: {_short(error)}"
+            reason = f"the model does not run in float64: {short(error)}"
         if reason and len(found) == 1:
-            without = "; ".join(f"{name}: {_short(error)}" for name, error in causes.items())
+            without = "; ".join(f"{name}: {short(error)}" for name, error in causes.items())
             self.check = f"uᵀHv = vᵀHu, but no other mode confirms it ({without}; {reason})"
             return candidates[0]
         if not reason:
             apart = {mode: _apart(found[mode].double(), nearer) for mode in candidates}
             for mode in candidates:
-                if apart[mode] <= _DISAGREEMENT[self._dtype] + 2 * scatter:
+                if apart[mode] <= DISAGREEMENT[self._dtype] + 2 * scatter:
                     self.check = f"uᵀHv = vᵀHu, and differences of gradients in float64 agree to {apart[mode]:.0e}"
                     return mode
             reason = f"differences of gradients in float64 are {apart[candidates[0]]:.0%} off {candidates[0]}"
@@ -401,11 +412,11 @@ class HessianProducts:
         """Whether two steps agree on a whole batch: on a few samples they may meet no kink."""
         assert self._point is not None
         (row,) = self._normals(1)
-        step = _STEP[self._dtype]
+        step = STEP[self._dtype]
         self._spend(_TWO_DIFFERENCES, batch)
         near, nearer = (self._difference(self._point, row, batch, h) for h in (step, step / 4))
         apart = _apart(nearer, near)
-        if apart > _KINK:
+        if apart > KINK:
             raise SecondDerivativeError(
                 f"central differences of the gradient with steps of {step:g} and a quarter of that differ by {apart:.0%}: "
                 "the loss has kinks (ReLU, max pooling), or bends too much within a step. They would not be the Hessian. "
@@ -420,8 +431,8 @@ class HessianProducts:
     # ------------------------------------------------------------------ who is to blame
 
     def _refusal(self, batch: Batch, causes: dict[str, Exception]) -> str:
-        said = "; ".join(f"{name}: {_short(error)}" for name, error in causes.items())
-        few = next(iter(_heads(batch)))
+        said = "; ".join(f"{name}: {short(error)}" for name, error in causes.items())
+        few = next(iter(heads(batch)))
         culprit = self._culprit(few) or f"{type(self._module).__name__}{self._suspects(few)}"
         asked = "no exact mode gives" if self._asked == "auto" else f"{self._asked} does not give"
         return (
@@ -467,7 +478,7 @@ class HessianProducts:
         return f" (custom autograd functions: {', '.join(names)})" if names else ""
 
 
-def _heads(batch: Batch) -> Iterator[Batch]:
+def heads(batch: Batch) -> Iterator[Batch]:
     """A few samples of the batch, and the whole, in case those cannot be taken out or fail by themselves."""
     count = batch.num_samples
     if count is not None and count > _PROBE_SAMPLES:
@@ -486,7 +497,7 @@ def _check_symmetry(pair: Tensor, products: Tensor) -> None:
     """Raise an ArithmeticError where ``uᵀHv`` and ``vᵀHu`` differ."""
     size = max(reductions.norm(product).item() for product in products)
     apart = abs((reductions.dot(pair[0], products[1]) - reductions.dot(pair[1], products[0])).item())
-    if apart > _ASYMMETRY[pair.dtype] * size:
+    if apart > ASYMMETRY[pair.dtype] * size:
         raise ArithmeticError(f"its Hessian is not symmetric: uᵀHv and vᵀHu differ by {apart / size:.2g} of ‖Hv‖")
 
 
@@ -550,5 +561,5 @@ def _custom_functions(node: Any) -> list[str]:
     return list(names)
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -87,10 +87,13 @@ class KrylovPass:
 
     def __init__(self, operator: Operator, needs: Iterable[KrylovNeed], generator: torch.Generator) -> None:
         self.operator, self.generator = operator, generator
-        start = sampling.normal(operator.dim, generator, operator.like)
+        layout = operator.layout
+        start = layout.normal(generator, operator.like)
         request = merged(list(needs), operator.dim)
         with operator.session():
-            self.run: LanczosResult = lanczos(operator.matvec, start, request, generator=generator, memory=operator.memory)
+            self.run: LanczosResult = lanczos(
+                operator.matvec, start, request, generator=generator, memory=operator.memory, layout=layout
+            )
             self.how, self.check = operator.how(), operator.check()
         self.probes = self.probes_without_basis(self.run)
 
@@ -99,7 +102,7 @@ class KrylovPass:
         operator = self.operator
         # a stream of its own: what else a metric draws does not change the probes of the next one
         generator = sampling.generator_for(self.generator.initial_seed(), "probes")
-        return Probes(operator.matvec, operator.like, generator, run=run, blocks=operator.blocks)
+        return Probes(operator.matvec, operator.like, generator, run=run, blocks=operator.blocks, layout=operator.layout)
 
 
 def merged(needs: list[KrylovNeed], dim: int) -> LanczosRequest:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed, reductions, sampling, steps
+from . import distributed, sampling, steps
 from .basis import Basis, bytes_per_vector
 from .errors import MeasurementStopped
 from .krylov import HALF_ROUNDING, Ending, LanczosRequest, LanczosResult
+from .layout import WHOLE, Layout
 from .memory import MemoryBudget, free_bytes, said_bytes
 
 __all__ = ["MatVec", "basis_of_use", "lanczos"]
@@ -34,6 +35,7 @@ def lanczos(
     *,
     generator: torch.Generator | None = None,
     memory: MemoryBudget | None = None,
+    layout: Layout = WHOLE,
 ) -> LanczosResult:
     """The eigenvalues of a symmetric operator that ``request`` asks for, by thick-restart Lanczos, re-orthogonalized.
 
@@ -51,6 +53,8 @@ def lanczos(
         start: shape ``(dim,)``, not zero. Its dtype and device are those of the arithmetic.
         generator: of the new random vectors; must not draw ``start`` again.
         memory: the budget that the basis shares with what else is kept.
+        layout: of the vectors. With shards, each rank keeps its shard of the basis; a step takes a sum over the ranks of one
+            number, and one of the coefficients.
     Raises:
         ValueError: ``k`` exceeds ``dim``; ``start`` is zero or not finite, or in half precision.
         MemoryError: not even the smallest basis fits; says how many bytes it takes.
@@ -58,15 +62,16 @@ def lanczos(
     Source: Wu and Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems (2000); Paige (1976) on why
         to re-orthogonalize; Parlett, The Symmetric Eigenvalue Problem (1998), on the error bars.
     """
-    dim = start.numel()
+    dim = layout.length(start)
     if request.k > dim:
         raise ValueError(f"k must be between 1 and the number of parameters, {dim}, got {request.k}")
     if start.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the arithmetic must be in float32 or float64, and the start vector is {start.dtype}")
-    length = reductions.norm(start).item()
+    length = layout.norm(start).item()
     if not 0 < length < math.inf:
         raise ValueError(f"the start vector must be finite and not zero, its norm is {length}")
-    return _Run(matvec, start / length, request, generator or sampling.generator_for(0, "lanczos"), memory).result()
+    generator = generator or sampling.generator_for(0, "lanczos")
+    return _Run(matvec, start / length, request, generator, memory, layout).result()
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,10 @@ class _Run:
         request: LanczosRequest,
         generator: torch.Generator,
         memory: MemoryBudget | None,
+        layout: Layout,
     ) -> None:
-        self._matvec, self._request, self._generator = matvec, request, generator
-        self._dim = start.numel()
+        self._matvec, self._request, self._generator, self._layout = matvec, request, generator, layout
+        self._dim = layout.length(start)
         self._wanted = min(request.wanted, self._dim)
         self._epsilon = torch.finfo(start.dtype).eps
         # rounding a unit vector to half precision puts so much of A times it out of reach
@@ -106,8 +112,12 @@ class _Run:
         self._scope = steps.child("lanczos")
         saved = self._scope.saved()
         with self._scope.entered():
-            size = saved["size"] if saved else steps.step("size", lambda: _basis_size(start, request, self._wanted, memory))
-        self._basis = Basis(size, start, request.storage)
+            size = (
+                saved["size"]
+                if saved
+                else steps.step("size", lambda: _basis_size(start, request, self._wanted, memory, layout))
+            )
+        self._basis = Basis(size, start, request.storage, layout)
         if memory is not None and self._basis.device == memory.device:
             memory.hold("Krylov basis", self._basis.nbytes, self._basis)
         self._projected = torch.zeros((len(self._basis),) * 2, dtype=torch.float64)
@@ -185,7 +195,7 @@ class _Run:
         self._used += 1
         coupled = self._couplings.nonzero()
         expected = self._couplings.to(w.device, copy=True)
-        expected[last] = reductions.dot(self._vector, w)
+        expected[last] = self._layout.dot(self._vector, w)
         first = int(coupled[0]) if len(coupled) else last
         # to where the next vector is kept, if there is room: to copy it costs as much as a sweep over two vectors
         out = self._basis.room(self._filled, self._vector)
@@ -361,8 +371,8 @@ class _Run:
         """A random unit vector orthogonal to the basis, which does not span the space."""
         nothing = torch.zeros(self._filled, dtype=torch.float64, device=self._vector.device)
         while True:
-            w = sampling.normal(self._dim, self._generator, self._vector)
-            length = reductions.norm(w)
+            w = self._layout.normal(self._generator, self._vector)
+            length = self._layout.norm(w)
             for _ in range(2):
                 w, _, square = self._basis.orthogonalize(w, self._filled, nothing, self._filled)
             if square.sqrt() > 1e-3 * length:  # else what is left is mostly rounding; draw again
@@ -426,9 +436,11 @@ def basis_of_use(request: LanczosRequest, dim: int) -> int:
     return min(max(most, min(request.wanted, dim) + 2), dim)
 
 
-def _basis_size(start: Tensor, request: LanczosRequest, wanted: int, memory: MemoryBudget | None = None) -> int:
+def _basis_size(
+    start: Tensor, request: LanczosRequest, wanted: int, memory: MemoryBudget | None = None, layout: Layout = WHOLE
+) -> int:
     """Vectors to allocate: as many as are of use, or as fit."""
-    dim, per_vector = start.numel(), bytes_per_vector(start, request.storage)
+    dim, per_vector = layout.length(start), bytes_per_vector(start, request.storage, layout)
     smallest, size = min(wanted + 2, dim), basis_of_use(request, dim)
     free, budget, how = request.basis_bytes, request.basis_bytes, "free"
     if budget is None:

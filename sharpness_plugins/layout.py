@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,15 @@ class Layout:
 
     def everywhere(self, holds: bool) -> bool:
         return holds
+
+    def of_blocks(self, lengths: Sequence[int], chosen: Sequence[int]) -> Layout:
+        """The layout of vectors that hold only some blocks of these.
+
+        Args:
+            lengths: what lies here of each block that the vectors are made of, in order.
+            chosen: positions of the blocks that are kept, ascending.
+        """
+        return self
 
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
         """Inner product, as a 0-dim float64 tensor."""
@@ -85,7 +95,7 @@ class Shards(Layout):
             if told.numel() <= _NUMBERS:
                 shared.numbers = told.reshape(-1).tolist()
             else:
-                shared.vector = told.double()
+                shared.vector = told.to(torch.float64, copy=True)  # which is added up in place
         if shared.vector is not None:
             return shared.vector
         return torch.tensor(shared.numbers, dtype=torch.float64, device=told.device).view(told.shape)
@@ -100,6 +110,17 @@ class Shards(Layout):
         with self._ranks.sharing("whether it holds on all shards") as shared:
             shared.numbers = [float(not holds)]
         return shared.numbers[0] == 0
+
+    def of_blocks(self, lengths: Sequence[int], chosen: Sequence[int]) -> Layout:
+        sizes = [int(size) for size in self.sums(torch.tensor(lengths, dtype=torch.float64)).tolist()]
+        starts = [0, *itertools.accumulate(sizes)]
+        kept, filled = [], 0
+        for block in chosen:
+            first, last = starts[block], starts[block + 1]
+            inside = [(max(start, first), min(stop, last)) for start, stop in self.ranges]
+            kept += [(filled + start - first, filled + stop - first) for start, stop in inside if start < stop]
+            filled += sizes[block]
+        return Shards(self._ranks, filled, kept)
 
     def normal(self, generator: torch.Generator, like: Tensor) -> Tensor:
         return sampling.pieces_of_normal(self.dim, self.ranges, generator, like)

@@ -28,6 +28,7 @@ from .registry import Metric
 from .report import Kind, MetricResult, SharpnessReport, Status
 from .resuming import Keeper, kept_in
 from .space import Select
+from .specs import works_on_shards
 from .stopping import Overdue, StopSwitch
 
 __all__ = ["DEFAULT_METRICS", "Metrics", "ask_plugins", "measure_sharpness", "resolve_metrics", "trained_part"]
@@ -183,7 +184,9 @@ class _Run:
         self, objective: Objective, chosen: Mapping[str, Metric], seed: int, switch: StopSwitch, keeper: Keeper
     ) -> None:
         self._objective, self.chosen, self._seed, self._switch, self._keeper = objective, chosen, seed, switch, keeper
-        self._sharing = KrylovSharing(chosen, seed)
+        is_whole = objective.layout.is_whole
+        self._refused = frozenset(key for key, metric in chosen.items() if not (is_whole or works_on_shards(metric)))
+        self._sharing = KrylovSharing({key: m for key, m in chosen.items() if key not in self._refused}, seed)
         self._stopped = ""
         self.results: dict[str, MetricResult] = {}
 
@@ -205,6 +208,12 @@ class _Run:
         failed: Exception | None = None
         rng = sampling.generator_for(self._seed, registry.metric_name(metric))
         try:
+            if key in self._refused:
+                raise TypeError(
+                    f"{registry.metric_name(metric)} needs whole vectors of weights, and those of this model lie in shards "
+                    "over the ranks, because gathered they do not fit on a device. Measure on devices with more memory, "
+                    "where they are gathered, or perturb fewer parameters (select=...)."
+                )
             expected = getattr(metric, "expected_passes", None)
             objective.announce(key, expected(objective) if expected is not None else None)
             with switch.metric(), self._keeper.steps_of(key):

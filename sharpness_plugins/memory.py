@@ -7,14 +7,20 @@ import math
 import os
 import re
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import distributed
+
 __all__ = ["MemoryBudget", "free_bytes", "is_out_of_memory", "parse_bytes", "said_bytes"]
 
 _MEMINFO = Path("/proc/meminfo")
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# of torchrun, Open MPI, MPICH's relatives and Slurm
+_RANKS_HERE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")
 _ALLOCATOR_SAYS = ("not enough memory", "can't allocate memory", "out of memory")
 _UNITS = {"": 1, **{f"{letter}{i}": (1024 if i else 1000) ** n for n, letter in enumerate("kmgt", 1) for i in ("", "i")}}
 _AMOUNT = re.compile(r"\s*(?P<number>\d+\.?\d*|\.\d+)\s*(?P<unit>([kmgt]i?)?)b?\s*", re.IGNORECASE | re.ASCII)
@@ -22,18 +28,66 @@ _MOST_BATCHES = 4 * 2**30  # bytes, unless a budget is given
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Free bytes on the device, or of the host for the CPU; None where the system does not tell."""
+    """Free bytes on the device, or for the CPU this rank's part of those of the host; None where the system does not tell.
+
+    Of the host, what is available without swapping, or what the limit of a container leaves, where that is less. The ranks
+    on it, which measure at the same time, have equal parts; where no launcher says how many are here, all are taken to be.
+    """
     if device.type == "cuda":
         # what torch holds in reserve is free to it, too
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + idle)
     if device.type == "cpu":
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            # unlike free pages, this counts the file cache, which fills the memory of a host that trains
-            return 1024 * int(_MEMINFO.read_text().split("MemAvailable:")[1].split()[0])
-        if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        known = [count for count in (_available(), *_left_in_cgroups()) if count is not None]
+        return max(min(known), 0) // _ranks_here() if known else None
     return None
+
+
+def _available() -> int | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        # unlike free pages, this counts the file cache, which fills the memory of a host that trains
+        return 1024 * int(_MEMINFO.read_text().split("MemAvailable:")[1].split()[0])
+    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _left_in_cgroups() -> Iterator[int]:
+    """What each limit on this process leaves: of its own control group and of all around it, in both versions of Linux.
+
+    A container may see itself at the root of the tree and be told a path from outside, which is not there.
+    """
+    with contextlib.suppress(OSError):
+        for line in _OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                roots = [_CGROUPS, _CGROUPS / "unified"]
+                names = ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                roots = [_CGROUPS / "memory"]
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            for root in roots:
+                own = root / path.lstrip("/")
+                for group in (own, *own.parents):
+                    if group.is_relative_to(root) and (left := _left_in(group, *names)) is not None:
+                        yield left
+
+
+def _left_in(group: Path, limit: str, usage: str, cache: str) -> int | None:
+    """The limit less what is used, but for files that would be dropped; None without a limit."""
+    with contextlib.suppress(OSError, ValueError):
+        most, used = int((group / limit).read_text()), int((group / usage).read_text())
+        entries = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return most - used + next((int(entry[1]) for entry in entries if entry[0] == cache), 0)
+    return None
+
+
+def _ranks_here() -> int:
+    size = distributed.world_size()
+    told = (os.environ.get(name, "") for name in _RANKS_HERE)
+    return min(next((int(count) for count in told if count.isdecimal() and int(count)), size), size)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -73,7 +127,7 @@ class MemoryBudget:
     that does not fit, batches are taken apart.
 
     Args:
-        amount: bytes, or a text such as "4GB"; None for half of what is free now.
+        amount: bytes, or a text such as "4GB"; None for half of what is free to this rank now.
         vector_bytes: of one vector of the perturbation's shape.
     Attributes:
         total: None where nothing was asked for and the system does not tell what is free: then there is no limit.

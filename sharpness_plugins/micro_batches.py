@@ -11,7 +11,7 @@ import torch
 from .batches import Batch, rows_of
 from .memory import is_out_of_memory
 
-__all__ = ["MicroBatches", "Part"]
+__all__ = ["MicroBatches", "Part", "collect_garbage"]
 
 T = TypeVar("T")
 
@@ -46,14 +46,14 @@ class MicroBatches:
         """
         start, num_samples = 0, batch.num_samples
         while start == 0 or (num_samples is not None and start < num_samples):
-            part = self._part(batch, start)
+            part = self.part(batch, start)
             try:
                 answer = work(part)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 fits = relief()
-                if not fits and (cause := self._cannot_halve(part.batch)):
+                if not fits and (cause := self.cannot_halve(part.batch)):
                     raise type(error)(f"{error} {cause}") from error
             else:
                 yield answer
@@ -62,21 +62,28 @@ class MicroBatches:
             # out of the handler: the error's frames held what the evaluation had allocated
             if not fits:
                 self.size = (part.batch.num_samples or 0) // 2
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            collect_garbage()
 
-    def _part(self, batch: Batch, start: int) -> Part:
+    def part(self, batch: Batch, start: int) -> Part:
+        """What is evaluated at once, from the sample ``start`` on."""
         of = batch.num_samples
         if self.size is None or of is None or of <= self.size:
             return Part(batch, start)
         stop = min(start + self.size, of)
         return Part(batch._replace(data=rows_of(batch.data, slice(start, stop), of), num_samples=stop - start), start)
 
-    def _cannot_halve(self, batch: Batch) -> str | None:
+    def cannot_halve(self, batch: Batch) -> str | None:
+        """Why not, and what to do, as a clause; None where it can."""
         if batch.num_samples is None:
             return "(It cannot be told how many samples a batch holds, so it was not taken apart: use smaller batches.)"
         if batch.num_samples < 2:
             return "(A single sample does not fit. Perturb fewer parameters with select=..., or use another device.)"
         cause = self._obstacle()
         return f"({cause}, so the batch was not taken apart: use smaller batches.)" if cause else None
+
+
+def collect_garbage() -> None:
+    """After memory ran out, and out of the handler."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -116,26 +116,45 @@ Sink = Callable[[Measurement], None]
 Reading = Callable[[], "Signal | float | Tensor | None"]
 
 
-def gradient_norm(parameters: Optimizer | Iterable[Tensor]) -> Callable[[], float | None]:
+def gradient_norm(parameters: Optimizer | nn.Module | Iterable[Tensor]) -> Callable[[], float | None]:
     """A signal: the norm of what ``.grad`` holds when it is read, clipped or not; None where there is none.
+
+    Of a module, its parameters at that moment: ``fully_shard`` puts gathered ones in their place for a while.
 
     Costs one pass over the gradients, and waits for the device, when a measurement is made and at no other time.
     """
-    tensors = None if isinstance(parameters, Optimizer) else list(parameters)
+    tensors = [] if isinstance(parameters, (Optimizer, nn.Module)) else list(parameters)
 
     def read() -> float | None:
         each = tensors
         if isinstance(parameters, Optimizer):
             each = [parameter for group in parameters.param_groups for parameter in group["params"]]
-        return norm_of(parameter.grad for parameter in each or () if parameter.grad is not None)
+        elif isinstance(parameters, nn.Module):
+            each = list(parameters.parameters())
+        return norm_of(parameter.grad for parameter in each if parameter.grad is not None)
 
     return read
 
 
 def norm_of(gradients: Iterable[Tensor]) -> float | None:
-    """Of all together; None where there is none. Waits for the device."""
-    norms = [torch.linalg.vector_norm(_strided(one.detach()), dtype=torch.float64).cpu() for one in gradients]
+    """Of all together; None where there is none. Waits for the device.
+
+    Collective where gradients lie on several ranks (``fully_shard``): one sum for each way in which they are spread.
+    """
+    parts: dict[tuple[Any, ...], list[Tensor]] = {}
+    for one in gradients:
+        held = _strided(distributed.local_part(one.detach()))
+        norm = torch.linalg.vector_norm(held, dtype=torch.float64).cpu()
+        parts.setdefault(distributed.shard_groups(one), []).append(norm)
+    norms = [norm for groups, each in parts.items() for norm in _over_shards(each, groups)]
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else None
+
+
+def _over_shards(norms: list[Tensor], groups: tuple[Any, ...]) -> list[Tensor]:
+    """Of what this rank holds of each tensor; over all ranks that hold a part, one norm."""
+    if not groups:
+        return norms
+    return [distributed.sum_over_shards(torch.stack(norms).square().sum(), groups).sqrt()]
 
 
 def _strided(gradient: Tensor) -> Tensor:

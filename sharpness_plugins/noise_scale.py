@@ -28,7 +28,7 @@ import torch
 from scipy.special import ndtr, stdtrit
 from torch import Tensor, nn
 
-from . import reductions
+from . import distributed, reductions
 from .schedules.core import Signal
 
 __all__ = [
@@ -445,7 +445,7 @@ class NoiseScaleMeter:
         num_skipped: steps left out because a gradient was not finite, as a ``GradScaler`` leaves them out.
         num_single: steps left out because they had one group only.
     Raises:
-        ValueError: no parameter that is trained.
+        ValueError: no parameter that is trained, or one of which every rank holds a part.
     """
 
     def __init__(
@@ -458,6 +458,11 @@ class NoiseScaleMeter:
         self._parameters = list({id(p): p for p in parameters if p.requires_grad}.values())
         if not self._parameters:
             raise ValueError("there is no parameter that requires a gradient, so there is no gradient noise to measure")
+        if any(distributed.is_spread(parameter) for parameter in self._parameters):
+            raise ValueError(
+                "the gradients of single micro-batches tell their noise, and of parameters that are sharded over the ranks "
+                "(FSDP) there is only a part of the mean. Leave it out, or train with DistributedDataParallel"
+            )
         self.average = NoiseScaleAverage() if average is None else average
         self._sum_over_ranks = sum_over_ranks
         self.num_skipped = self.num_single = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -13,21 +14,24 @@ from torch import Tensor, nn
 
 from . import agreement, modes, sampling, sharded, stopping
 from .batches import Batch
-from .distributed import RanksLike, resolve_ranks, world_size
+from .distributed import Ranks, RanksLike, resolve_ranks, world_size
 from .errors import RemoteFailureError
-from .evaluation import Evaluator, LossSums, joined, mean_of
-from .hvp import HessianProducts
-from .layout import WHOLE, Layout
+from .evaluation import Evaluator, LossSums, mean_of
+from .hvp import HessianProducts, heads
 from .losses import LossFn, LossRule, OtherLossError, PluginRule, resolve_loss, unwrap
 from .memory import MemoryBudget
 from .micro_batches import MicroBatches, Part
 from .progress import ProgressEvent, ProgressListener
 from .report import Cost
+from .rounds import InStep, Rounds
+from .sharded_space import ShardedSpace
 from .shares import share_of
 from .sketch import Sketch
 from .source import BatchSource
 from .space import ParameterSpace, Select
 from .steps import evaluation, stoppable
+from .streamed_products import Data, StreamedProducts
+from .streaming import Stream, StreamedEvaluator
 
 __all__ = ["BATCH_NORM_POLICIES", "Objective"]
 
@@ -120,6 +124,7 @@ class Objective:
                 self._sweeps, self._partial_passes = 0, 0.0  # batches seen by whole passes; fractions of passes beside them
                 self._depth = 0
                 self._seed = sampling.key_for(seed, "model") >> 2  # room for the position of the batch
+                sharded.reshard(model)
                 sharded.check_supported(model)
                 self.module, wrappers = unwrap(model)
                 if sharded.is_fully_sharded(self.module):
@@ -133,9 +138,17 @@ class Objective:
                     )
                 # a loss that is a module has modes, too
                 self._modules = [self.module, *(part for part in (criterion, loss_fn) if isinstance(part, nn.Module))]
+                where = None if device is None else torch.device(device)
+                fits = sharded.fits_gathered(self.module, memory, where)
+            in_shards = not all(self.ranks.gather(fits))
+            with self.ranks.sharing("laying out the weights"):
                 with torch.inference_mode(False):
-                    self.space = ParameterSpace(self.module, select, device=None if device is None else torch.device(device))
-                self.layout: Layout = WHOLE
+                    self.space = (
+                        ShardedSpace(self.module, select, device=where, ranks=self.ranks)
+                        if in_shards
+                        else ParameterSpace(self.module, select, device=where)
+                    )
+                self.layout = self.space.layout
                 self.device = self.space.device
                 if self.device.type == "mps":
                     raise ValueError(
@@ -147,7 +160,7 @@ class Objective:
                 self._metric = ""
                 self._expected_passes: float | None = None
                 self._metric_began, self._metric_passes = self._began, 0.0
-                self._evaluator = Evaluator(self.module, self.space, self._seed)
+                self._evaluator, self._rounds = self._evaluates()
                 self._graph_bytes = graph_bytes
                 self._products = self._products_by(hvp)
                 self._all_products = {hvp: self._products}  # each probed once
@@ -166,6 +179,7 @@ class Objective:
                     seed=seed,
                 )
             self._own_notes += agreement.on_weights(self.space, self.ranks)
+            self._agree_on_what_is_held()
             with self.session():
                 if not self.ranks.is_alone:
                     self._source.share_out(self.ranks, share_of)
@@ -179,8 +193,7 @@ class Objective:
                 self._weightless: set[int] = set()  # batches without weight: the first pass tells
                 try:
                     with self.ranks.sharing("the loss at other weights"):
-                        for batch in itertools.islice(self._source, 1):
-                            self._evaluator.look_elsewhere(batch, self._seed)
+                        self._look_elsewhere()
                     self.loss = self._first_value()
                 except (OtherLossError, RemoteFailureError) as error:
                     if self._rule.fallback is None or OtherLossError.__name__ not in f"{type(error).__name__} {error}":
@@ -263,6 +276,9 @@ class Objective:
             "batch_norm": self._batch_norm,
             "dtype": str(self.space.dtype).removeprefix("torch."),
             "device": str(self.device),
+            "vectors": "whole"
+            if self.layout.is_whole
+            else f"in shards, {len(self.origin)} of {self.dim} on rank {self.ranks.rank}",
             "hvp_mode": self.hvp_mode,
             "hvp_check": self.hvp_check,
             "notes": self.notes,
@@ -290,6 +306,8 @@ class Objective:
         notes = []
         if wrappers:
             notes.append(f"measured inside {' and '.join(wrappers)}, on the wrapped {self._model_name}")
+        if not self.layout.is_whole:
+            notes.append("weights and vectors stayed in shards, since they do not fit in memory when they are gathered")
         if self.space.has_half:
             notes.append(
                 "half-precision weights were measured on a float32 copy (a step of ε = 1e-3 is lost in their rounding)"
@@ -308,12 +326,15 @@ class Objective:
         with (
             self.session(),
             torch.set_grad_enabled(self._value_needs_grad),
-            self.ranks.sharing("a loss", (perturbation,)) as shared,
+            self.ranks.sharing("a loss", self._same((perturbation,))) as shared,
         ):
             point = self._point(perturbation)
-            for batch in self._batches():
-                parts = self._gradient_parts.each(batch, lambda part: self._evaluator.value(point, part.batch))
-                sums.add(*joined(list(parts)))
+
+            def add(part: Part) -> None:
+                sums.add(part.batch.position, *self._evaluator.value(point, part.batch))
+
+            for _ in self._rounds.each(self._batches(), self._gradient_parts, add, lend=lambda: self._lend(point)):
+                pass
             shared.numbers = sums.totals(at_origin=perturbation is None)
         self._counts["values"] += 1
         if self._evaluator.total_weight == 0:
@@ -328,18 +349,21 @@ class Objective:
         """Mean loss at ``origin + perturbation`` and its gradient, both of shape ``(dim,)``. One pass."""
         sums = LossSums()
         gradient: Tensor | None = None
-        with self.session(), self.ranks.sharing("a gradient", (perturbation,)) as shared:
+        with self.session(), self.ranks.sharing("a gradient", self._same((perturbation,))) as shared:
             leaf = self._point(perturbation).requires_grad_()
-            for batch in self._batches():
-                for loss, weight, share in self._gradient_parts.each(
-                    batch, lambda part: self._evaluator.value_and_grad(leaf, part.batch)
-                ):
-                    gradient = share if gradient is None else gradient.add_(share)
-                    sums.add(loss, weight)
+
+            def work(part: Part) -> Tensor:
+                loss, weight, share = self._evaluator.value_and_grad(leaf, part.batch)
+                sums.add(part.batch.position, loss, weight)
+                return share
+
+            for share in self._rounds.each(self._batches(), self._gradient_parts, work, lend=lambda: self._lend(leaf)):
+                gradient = share if gradient is None else gradient.add_(share)
             shared.numbers = sums.totals(at_origin=perturbation is None)
-            shared.vector = torch.zeros_like(self.origin) if gradient is None else gradient
+            gradient = torch.zeros_like(self.origin) if gradient is None else gradient
+            shared.vector = gradient if self.layout.is_whole else None  # shards are added up already
         self._counts["gradients"] += 1
-        return mean_of(shared.numbers, at_origin=perturbation is None), shared.vector
+        return mean_of(shared.numbers, at_origin=perturbation is None), gradient if shared.vector is None else shared.vector
 
     @evaluation
     def hvp(self, vector: Tensor, perturbation: Tensor | None = None) -> Tensor:
@@ -359,28 +383,48 @@ class Objective:
             with (
                 self.session(),
                 modes.second_derivatives(self.module),
-                self.ranks.sharing("a product with the Hessian", (vector, perturbation)) as shared,
+                self.ranks.sharing("a product with the Hessian", self._same((vector, perturbation))) as shared,
             ):
                 checked = [self.space.check(row, "vector") for row in rows]
                 rows = checked[0][None] if len(checked) == 1 else torch.stack(checked)
                 away = None if perturbation is None else self.space.check(perturbation, "perturbation").detach()
                 self._products.move_to(self.origin, away)
-                total: Tensor | None = None
-                for batch in self._batches():
-                    for found in self._product_parts.each(
-                        batch, lambda part: self._products(rows, part, keep=keep), relief=self._products.relieve
-                    ):
-                        # a product is a new tensor, and to allocate and clear one more costs as much as to add to it
-                        total = found if total is None else total.add_(found)
-                shared.vector = torch.zeros_like(rows) if total is None else total  # a rank may have no batch
-                shared.numbers = [self._products.spent if self._source.first_rank == self.ranks.rank else 0.0]
-            products, self._products.spent = shared.vector, shared.numbers[0]
+                if isinstance(self._products, StreamedProducts):
+                    products, tried_here = self._products(rows, self._in_step), True
+                else:
+                    products, tried_here = (
+                        self._of_whole(self._products, rows, keep=keep),
+                        self.first_rank == self.ranks.rank,
+                    )
+                shared.vector = products if self.layout.is_whole else None  # shards are added up already
+                shared.numbers = [self._products.spent if tried_here else 0.0]
+            products = products if shared.vector is None else shared.vector
+            self._products.spent = shared.numbers[0]
         except BaseException:
             self._products.release()
             raise
         self._counts["hvps"] += len(rows)
         self._count_probe()
         return products if vector.ndim == 2 else products[0]
+
+    def _of_whole(self, products: HessianProducts, rows: Tensor, *, keep: bool) -> Tensor:
+        """Of this rank's batches."""
+        total: Tensor | None = None
+        for batch in self._batches():
+            for found in self._product_parts.each(
+                batch, lambda part: products(rows, part, keep=keep), relief=products.relieve
+            ):
+                # a product is a new tensor, and to allocate and clear one more costs as much as to add to it
+                total = found if total is None else total.add_(found)
+        return torch.zeros_like(rows) if total is None else total  # a rank may have no batch
+
+    def _in_step(self, work: Callable[[Part | None], Tensor], count: int, data: Data = Data.ALL) -> Tensor:
+        """See ``streamed_products.Total``."""
+        batches = self._batches() if data is Data.ALL else self._first_batches(few=data is Data.FEW)
+        total = self.origin.new_zeros((count, len(self.origin)))
+        for found in self._rounds.each(batches, self._product_parts, work, lend=lambda: work(None)):
+            total += found
+        return total
 
     @stoppable
     def sum_over_parts(self, work: Callable[[Evaluator, Part], Tensor], where: Sequence[Tensor] = ()) -> Tensor:
@@ -392,6 +436,7 @@ class Objective:
             where: at most two vectors that the work depends on, the same on every rank.
         """
         answer = torch.zeros_like(self.origin)
+        self._require_whole("a product with a matrix other than the Hessian")
         with (
             self.session(),
             modes.second_derivatives(self.module),
@@ -414,6 +459,7 @@ class Objective:
         Raises:
             ValueError: the loss of a batch is not made of the losses of its parts; the message says why.
         """
+        self._require_whole("work on samples one by one")
         if cause := self._whole_batches_only():
             raise ValueError(f"{cause}, so a batch is not the sum of its parts")
         self._sweep_parts.size = size if self._most_in_sweep is None else min(size, self._most_in_sweep)
@@ -438,8 +484,17 @@ class Objective:
             shared.numbers = [sum(batch.num_samples or 0 for batch in batches), len(batches)]
         taken, count = shared.numbers
         share = min(taken / self.num_samples if self.num_samples else count / self.num_batches, 1.0)
-        parts = self._gradient_parts
-        return Sketch(self._evaluator, batches, share, self.ranks, parts=parts, session=self.session, spend=self._spend)
+        return Sketch(
+            self._evaluator,
+            batches,
+            share,
+            self.ranks,
+            rounds=self._rounds,
+            parts=self._gradient_parts,
+            lend=self._lend,
+            session=self.session,
+            spend=self._spend,
+        )
 
     @property
     def has_classes(self) -> bool:
@@ -448,6 +503,55 @@ class Objective:
 
     # ------------------------------------------------------------------ the parts
 
+    def _evaluates(self) -> tuple[Evaluator, Rounds]:
+        """How the model is evaluated: by each rank for itself, or by all in step, who gather its weights as they go."""
+        if not isinstance(self.space, ShardedSpace):
+            return Evaluator(self.module, self.space, self._seed), Rounds()
+        stream = Stream(self.space, self.ranks)
+        return StreamedEvaluator(self.module, self.space, self._seed, stream), InStep(self.ranks)
+
+    def _agree_on_what_is_held(self) -> None:
+        """Of gathered weights, half of what is left may wait for the backward pass."""
+        if isinstance(self._evaluator, StreamedEvaluator):
+            left = min(self.ranks.gather(self.memory.left))
+            self._evaluator.stream.hold_bytes = 2**62 if left == math.inf else int(left) // 2
+
+    def _same(self, where: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Of the vectors that an evaluation depends on, those that ought to be the same on every rank."""
+        return where if self.layout.is_whole else ()
+
+    def _lend(self, flat: Tensor) -> Tensor:
+        """Take part in a round in which only others have data; what that adds to the gradient."""
+        assert isinstance(self._evaluator, StreamedEvaluator)
+        return self._evaluator.stream.lend(flat).gradient
+
+    def _require_whole(self, what: str) -> None:
+        if not self.layout.is_whole:
+            raise TypeError(
+                f"{what} needs whole weights on every rank, and these lie in shards, since they do not fit in memory when "
+                "they are gathered. Measure fewer parameters (select=...), or on larger devices."
+            )
+
+    def _first_batches(self, *, few: bool) -> Iterator[Batch]:
+        """The first batch of this rank that has weight, or a few samples of it."""
+        for batch in itertools.islice(self._batches(counted=False), 1):
+            yield next(heads(batch)) if few else batch
+
+    def _look_elsewhere(self) -> None:
+        def work(part: Part) -> None:
+            self._evaluator.look_elsewhere(part.batch, self._seed)
+
+        if self._rule.fallback is not None:
+            first = itertools.islice(self._source, 1)
+            for _ in self._rounds.each(first, self._gradient_parts, work, lend=self._lend_elsewhere):
+                pass
+
+    def _lend_at_origin(self) -> None:
+        self._lend(self.origin)
+
+    def _lend_elsewhere(self) -> None:
+        self._lend(self._evaluator.elsewhere(self._seed))
+
     def _point(self, perturbation: Tensor | None) -> Tensor:
         if perturbation is None:
             return self.origin.clone()
@@ -455,9 +559,9 @@ class Objective:
 
     def _batches(self, *, counted: bool = True) -> Iterator[Batch]:
         """One pass over the batches that have weight; those of which every target is ignored have no loss either."""
-        for position, batch in enumerate(self._source):
+        for batch in self._source:
             self._evaluator.sizes[batch.position] = batch.num_samples
-            if position not in self._weightless:
+            if batch.position not in self._weightless:
                 self._evaluator.seed(batch.position)
                 yield batch
             if counted:
@@ -498,17 +602,25 @@ class Objective:
             return resolve_loss(model, batch, loss_fn=loss_fn, criterion=criterion, plugin_rule=plugin_rule)
 
         first = next(iter(self._source), self._source.uncut)  # of which this rank's piece may be empty
-        if first is None:
-            return None
-        rule: LossRule = self._evaluator.call(resolve, self.origin, first)
-        return rule
+        found: list[LossRule | None] = list(
+            self._rounds.each(
+                [] if first is None else [first],
+                self._gradient_parts,
+                lambda part: self._evaluator.call(resolve, self.origin, part.batch),
+                lend=self._lend_at_origin,
+            )
+        )
+        return found[0] if found else None
 
     def _keep_whole_where_pieces_differ(self) -> None:
         """Of a batch that was cut for the ranks, the pieces must have the loss of the whole."""
         whole, self._source.uncut = self._source.uncut, None
+        if not self.layout.is_whole and not all(self.ranks.gather(whole is not None)):
+            whole = None  # nothing that all ranks could evaluate
+        together = Ranks() if self.layout.is_whole else self.ranks
         may = whole is None or (
             self._whole_batches_only() is None
-            and agreement.is_sum_of_pieces(self._evaluator, whole, self.ranks.size, self._seed)
+            and agreement.is_sum_of_pieces(self._evaluator, whole, self.ranks.size, self._seed, together)
         )
         if not all(self.ranks.gather(may and not self._whole_batches_only())):
             self._source.keep_whole()
@@ -556,7 +668,9 @@ class Objective:
                     self._products.release()
                 self._products = before
 
-    def _products_by(self, mode: str) -> HessianProducts:
+    def _products_by(self, mode: str) -> HessianProducts | StreamedProducts:
+        if isinstance(self._evaluator, StreamedEvaluator):
+            return StreamedProducts(self._evaluator, self.layout, mode=mode, seed=self._seed)
         return HessianProducts(
             self._evaluator, mode=mode, graph_bytes=self._graph_bytes, memory=self.memory, seed=self._seed
         )

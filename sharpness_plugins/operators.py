@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import did_you_mean
 from .gauss_newton import OutputProducts
 from .hvp import HVP_MODES
+from .layout import WHOLE, Layout
 from .memory import MemoryBudget
 from .objective import Objective
 
@@ -36,11 +37,12 @@ class Operator:
     Attributes:
         matvec: ``v -> A v``, shape ``(dim,)`` to ``(dim,)``, one pass over the data each.
         like: a vector of the shape, dtype and device that ``matvec`` takes.
-        blocks: coordinates by the name of their parameter.
+        blocks: coordinates by the name of their parameter: of shards, those that lie here, which may be none.
         description: what it is, for a sentence.
         how, check: how the products are made, and what was compared with them; known after the first, inside of the session.
         session: enter it around many products.
         memory: the budget of what is kept beside them; None for no limit.
+        layout: of the vectors: with shards, ``matvec`` takes and gives this rank's, and is collective.
     """
 
     matvec: MatVec
@@ -51,13 +53,14 @@ class Operator:
     check: Callable[[], str] = str
     session: Callable[[], AbstractContextManager[None]] = nullcontext
     memory: MemoryBudget | None = None
+    layout: Layout = WHOLE
 
     @property
     def dim(self) -> int:
-        return self.like.numel()
+        return self.layout.length(self.like)
 
     def restricted(self, names: Sequence[str], *, description: str) -> Operator:
-        """The diagonal block of these parameters, taken together."""
+        """The diagonal block of these parameters, taken together, in their order. Collective for shards."""
         slices = [self.blocks[name] for name in names]
         starts = _cumulated([part.stop - part.start for part in slices])
         blocks = {name: slice(a, b) for name, a, b in zip(names, starts, starts[1:], strict=False)}
@@ -70,7 +73,11 @@ class Operator:
             return torch.cat([product[part] for part in slices])
 
         like = self.like.new_zeros(starts[-1])
-        return replace(self, matvec=matvec, like=like, blocks=blocks, description=description)
+        known = list(self.blocks)
+        layout = self.layout.of_blocks(
+            [part.stop - part.start for part in self.blocks.values()], [known.index(name) for name in names]
+        )
+        return replace(self, matvec=matvec, like=like, blocks=blocks, description=description, layout=layout)
 
     def scaled(self, scale: Tensor, *, description: str, shift: Tensor | None = None) -> Operator:
         """``D A D + diag(shift)``, with ``D`` the diagonal matrix of ``scale``, shape ``(dim,)``."""
@@ -141,6 +148,7 @@ class Curvature:
                 check=lambda: objective.hvp_check,
                 session=lambda: objective.hvp_by(self.hvp),
                 memory=objective.memory,
+                layout=objective.layout,
             )
         products = OutputProducts(objective, self.matrix)
         return Operator(
@@ -151,6 +159,7 @@ class Curvature:
             how=lambda: products.how,
             session=objective.session,
             memory=objective.memory,
+            layout=objective.layout,
         )
 
     def _names(self, objective: Objective) -> list[str]:

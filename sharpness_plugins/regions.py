@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import reductions
 from .kernels import ball, box, vectors
+from .layout import WHOLE, Layout
 from .subspace import SignSubspace
 
 __all__ = [
@@ -32,7 +33,10 @@ ValueAndGrad = Callable[[Tensor], tuple[float, Tensor]]
 
 
 class Region(Protocol):
-    """A closed convex set of perturbations that contains zero. All that a solver asks of a third party's set."""
+    """A closed convex set of perturbations that contains zero. All that a solver asks of a third party's set.
+
+    Where vectors lie in shards, the set must have ``layout``, the ``layout.Layout`` of them, and answer for the whole ones.
+    """
 
     def project(self, perturbation: Tensor) -> Tensor:
         """The nearest point of the set."""
@@ -70,7 +74,13 @@ class ProjectedStep(NamedTuple):
 
 
 class SteppedRegion(Region, Protocol):
-    """A region with the steps of the solvers done in place, each in as few passes as it takes. Vectors are ``(dim,)``."""
+    """A region with the steps of the solvers done in place, each in as few passes as it takes. Vectors are ``(dim,)``.
+
+    With vectors in shards, everything that is told of them is of the whole ones, and all methods are collective.
+    """
+
+    @property
+    def layout(self) -> Layout: ...
 
     def vertex_step(self, out: Tensor | None, y: Tensor, gradient: Tensor, share: float = 1.0) -> VertexStep:
         """Write the point that lies the ``share`` of the way from y to the vertex; where g is zero, y may stay.
@@ -134,11 +144,13 @@ class Box:
     Args:
         anchor: shape ``(dim,)``; the half widths themselves (then not negative), or what they are made from.
         slope, offset: numbers, not negative.
+        layout: of the anchor and of all vectors here. In shards, a step takes one all-reduce, of what is told of it.
     """
 
     anchor: Tensor
     slope: float = 1.0
     offset: float = 0.0
+    layout: Layout = WHOLE
     _scalars: tuple[Tensor, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -147,6 +159,7 @@ class Box:
         if self.anchor.ndim != 1 or not self.anchor.is_floating_point():
             raise ValueError(f"{named} must be a vector of numbers, got {self.anchor.dtype}, {tuple(self.anchor.shape)}")
         lowest, highest = map(float, self.anchor.aminmax()) if len(self.anchor) else (0.0, 0.0)
+        lowest, highest = -self.layout.largest(-lowest), self.layout.largest(highest)
         if not (math.isfinite(lowest) and math.isfinite(highest)) or (plain and lowest < 0):
             raise ValueError(f"{named} must hold finite numbers{' >= 0' if plain else ''}, got {lowest:g} to {highest:g}")
         if not (0 <= self.slope < math.inf and 0 <= self.offset < math.inf):
@@ -156,17 +169,19 @@ class Box:
         object.__setattr__(self, "_scalars", scalars)
 
     @classmethod
-    def keskar(cls, origin: Tensor, epsilon: float) -> Box:
+    def keskar(cls, origin: Tensor, epsilon: float, *, layout: Layout = WHOLE) -> Box:
         """``|e_i| <= ε (|w_i| + 1)``. Source: Keskar et al. (2017), eq. 3."""
-        return cls(origin, epsilon, epsilon)
+        return cls(origin, epsilon, epsilon, layout)
 
     @classmethod
-    def infinity_ball(cls, origin: Tensor, rho: float, *, adaptive: bool = False, eta: float = 0.0) -> Box:
+    def infinity_ball(
+        cls, origin: Tensor, rho: float, *, adaptive: bool = False, eta: float = 0.0, layout: Layout = WHOLE
+    ) -> Box:
         """``max |e_i| <= rho``, or with ``adaptive`` ``|e_i| <= rho (|w_i| + eta)``.
 
         Source: Kwon et al., ASAM (2021), with the maximum norm.
         """
-        return cls(origin, rho, rho * eta) if adaptive else cls(origin, 0.0, rho)
+        return cls(origin, rho, rho * eta, layout) if adaptive else cls(origin, 0.0, rho, layout)
 
     @property
     def half_width(self) -> Tensor:
@@ -193,24 +208,37 @@ class Box:
         return vertex
 
     def contains(self, perturbation: Tensor) -> bool:
-        return all(bool((e.abs() <= b).all()) for e, b in self._pieces(perturbation))
+        return self.layout.everywhere(all(bool((e.abs() <= b).all()) for e, b in self._pieces(perturbation)))
 
     def share_at_bound(self, perturbation: Tensor) -> float:
         """Fraction of the coordinates within a millionth of a bound."""
-        at_bound = sum((e.abs() >= (1 - 1e-6) * b).sum() for e, b in self._pieces(perturbation))
-        return float(at_bound) / len(perturbation)
+        at_bound = perturbation.new_zeros((), dtype=torch.float64)
+        for e, b in self._pieces(perturbation):
+            at_bound += (e.abs() >= (1 - 1e-6) * b).sum()
+        return float(self.layout.sums(at_bound)) / self.layout.length(perturbation)
 
     def vertex_step(self, out: Tensor | None, y: Tensor, gradient: Tensor, share: float = 1.0) -> VertexStep:
         if out is None:
             told = box.box_gap(y, gradient, self.anchor, *self._scalars)
         else:
             told = box.box_vertex_step(out, y, gradient, self.anchor, *self._scalars, share)
-        known = told.tolist()
+        known = self.layout.sums(told[: box.VertexStatistic.NORM]).tolist()
         statistic = box.VertexStatistic
         return VertexStep(known[statistic.GAP], known[statistic.SLOPE], known[statistic.DISTANCE])
 
     def linear_point(self, out: Tensor, gradient: Tensor, fraction: float) -> float:
-        return box.box_linear_step(out, gradient, self.anchor, *self._scalars, fraction).item()
+        if self.layout.is_whole:
+            return box.box_linear_step(out, gradient, self.anchor, *self._scalars, fraction).item()
+        # the mean of b|g| is known only after a meeting; the point is then a projected step from the middle of the box
+        local = box.box_gap(gradient, gradient, self.anchor, *self._scalars)[box.VertexStatistic.SLOPE]
+        slope: float = self.layout.sums(local).item()
+        per_mean = self.layout.length(out) / (2 * slope) if slope else 0.0
+        largest = torch.finfo(vectors.arithmetic_dtype(out.dtype)).max
+        out.zero_()
+        length = min(per_mean, largest)
+        box.box_projected_step(out, out, None, gradient, self.anchor, *self._scalars, length, signed=False)
+        out.mul_(fraction)
+        return slope
 
     def projected_step(
         self,
@@ -223,13 +251,15 @@ class Box:
         *,
         signed: bool,
     ) -> ProjectedStep:
-        told = box.box_projected_step(
+        local = box.box_projected_step(
             out, y, previous, gradient, self.anchor, *self._scalars, length, momentum, signed=signed
-        ).tolist()
+        )
+        told = self.layout.sums(local).tolist()
         return ProjectedStep(told[box.ProjectedStatistic.ASCENT], told[box.ProjectedStatistic.DISTANCE_IN_BOX])
 
     def secant(self, y: Tensor, other: Tensor, gradient: Tensor, other_gradient: Tensor) -> tuple[float, float]:
-        told = box.box_secant(y, other, gradient, other_gradient, self.anchor, *self._scalars).tolist()
+        local = box.box_secant(y, other, gradient, other_gradient, self.anchor, *self._scalars)
+        told = self.layout.sums(local).tolist()
         return told[box.SecantStatistic.DISTANCE_IN_BOX], told[box.SecantStatistic.CURVATURE]
 
     def model_step(self, out: Tensor, y: Tensor, gradient: Tensor, other: Tensor, other_gradient: Tensor) -> bool:
@@ -262,64 +292,70 @@ class Ball:
     Args:
         rho: radius, positive.
         weight: shape ``(dim,)``, not negative: the ellipsoid's half axes over rho. Where it is zero, e is zero.
+        layout: of the weight and of all vectors here. In shards, every norm is an all-reduce: a step takes two to four.
     """
 
     rho: float
     weight: Tensor | None = None
+    layout: Layout = WHOLE
 
     def __post_init__(self) -> None:
         if not 0 < self.rho < math.inf:
             raise ValueError(f"rho must be a positive number, got {self.rho}")
-        if self.weight is not None and not (
+        if self.weight is not None and not self.layout.everywhere(
             self.weight.ndim == 1 and bool((self.weight >= 0).logical_and(self.weight < math.inf).all())
         ):
             raise ValueError("weight must be a vector of finite numbers >= 0, shape (dim,)")
 
     @classmethod
-    def adaptive(cls, origin: Tensor, rho: float, *, eta: float = 0.0) -> Ball:
+    def adaptive(cls, origin: Tensor, rho: float, *, eta: float = 0.0, layout: Layout = WHOLE) -> Ball:
         """``‖e / (|w| + eta)‖₂ <= rho``: does not change when layers of a ReLU network are rescaled, for ``eta`` 0.
 
         Source: Kwon et al., ASAM (2021), Definition 2.
         """
         if not 0 <= eta < math.inf:
             raise ValueError(f"eta must be a number >= 0, got {eta}")
-        return cls(rho, origin.abs().add_(eta))
+        return cls(rho, origin.abs().add_(eta), layout)
 
     def project(self, perturbation: Tensor) -> Tensor:
         """The nearest point in the Euclidean norm; for a weighted ball by Newton's method on one multiplier, in float64."""
         if self.contains(perturbation):
             return perturbation.clone()
         if self.weight is None:
-            return perturbation * (self.rho / reductions.norm(perturbation).item())
+            return perturbation * (self.rho / self._length(perturbation))
         squares = self.weight.double().square()
         e = perturbation.double()
         multiplier = 0.0
         for _ in range(100):
             # p = e T² / (T² + μ); Newton on 1/‖p/T‖ = 1/ρ, which is concave and increasing in μ: from 0 it never overshoots
             inside = torch.where(squares > 0, e * squares.sqrt() / (squares + multiplier), 0)
-            length = inside.norm().item()
+            length = (inside.norm() if self.layout.is_whole else self.layout.norm(inside)).item()
             if length <= self.rho * (1 + 1e-13):
                 break
-            descent = (inside.square() / (squares + multiplier).clamp_min(1e-300)).sum().item()
+            descent = self.layout.sums((inside.square() / (squares + multiplier).clamp_min(1e-300)).sum()).item()
             multiplier += (length / self.rho - 1) * length**2 / descent
         return self._within(torch.where(squares > 0, e * squares / (squares + multiplier), 0).to(perturbation))
 
     def ascent_vertex(self, gradient: Tensor) -> Tensor:
         scaled = self._scaled(gradient)
-        length = reductions.norm(scaled).item()
+        length = self.layout.norm(scaled).item()
         return self._scaled(scaled) * (self.rho / length) if length > 0 else torch.zeros_like(gradient)
 
     def contains(self, perturbation: Tensor) -> bool:
-        if self.weight is not None and bool((perturbation[self.weight == 0] != 0).any()):
+        if self.weight is not None and not self.layout.everywhere(not (perturbation[self.weight == 0] != 0).any()):
             return False
         # a few ulp: a point that was scaled to length rho is in the ball
         return self._length(perturbation) <= self.rho * (1 + 4 * torch.finfo(perturbation.dtype).eps)
 
     def vertex_step(self, out: Tensor | None, y: Tensor, gradient: Tensor, share: float = 1.0) -> VertexStep:
         written = torch.empty_like(y) if out is None else out
-        told = ball.ball_step(written, y, gradient, self.weight, self.rho, share).tolist()
-        statistic = ball.BallStatistic
-        return VertexStep(told[statistic.GAP], told[statistic.SLOPE], told[statistic.DISTANCE])
+        statistic, square = ball.BallStatistic, None
+        if not self.layout.is_whole:
+            scaled = gradient if self.weight is None else gradient * self.weight
+            square = self.layout.dot(scaled, scaled)
+        told = self.layout.sums(ball.ball_step(written, y, gradient, self.weight, self.rho, share, square)).tolist()
+        slope = told[statistic.SLOPE] if square is None else self.rho * square.sqrt().item()
+        return VertexStep(told[statistic.GAP], slope, told[statistic.DISTANCE])
 
     def linear_point(self, out: Tensor, gradient: Tensor, fraction: float) -> float:
         return _PlainSteps(self).linear_point(out, gradient, fraction)
@@ -341,11 +377,11 @@ class Ball:
             moved = self._within(y + momentum * (moved - y) + (1 - momentum) * (y - previous))
         step = moved - y
         out.copy_(moved)
-        return ProjectedStep(reductions.dot(gradient, step).item(), (self._length(step) / self.rho) ** 2)
+        squared, ascent = self._squared_and_dot(step, gradient)
+        return ProjectedStep(ascent, squared)
 
     def secant(self, y: Tensor, other: Tensor, gradient: Tensor, other_gradient: Tensor) -> tuple[float, float]:
-        step = other - y
-        return (self._length(step) / self.rho) ** 2, reductions.dot(step, other_gradient - gradient).item()
+        return self._squared_and_dot(other - y, other_gradient - gradient)
 
     def model_step(self, out: Tensor, y: Tensor, gradient: Tensor, other: Tensor, other_gradient: Tensor) -> bool:
         return False
@@ -353,10 +389,18 @@ class Ball:
     def _scaled(self, vector: Tensor) -> Tensor:
         return vector.clone() if self.weight is None else vector * self.weight
 
+    def _in_radii(self, perturbation: Tensor) -> Tensor:
+        """In units of the half axes over rho."""
+        return perturbation if self.weight is None else torch.where(self.weight > 0, perturbation / self.weight, 0)
+
     def _length(self, perturbation: Tensor) -> float:
-        if self.weight is None:
-            return reductions.norm(perturbation).item()
-        return reductions.norm(torch.where(self.weight > 0, perturbation / self.weight, 0)).item()
+        return self.layout.norm(self._in_radii(perturbation)).item()
+
+    def _squared_and_dot(self, step: Tensor, other: Tensor) -> tuple[float, float]:
+        """Squared length of the step in radii, and ``<step, other>``."""
+        inside = self._in_radii(step)
+        squared, dot = self.layout.sums(torch.stack([reductions.dot(inside, inside), reductions.dot(step, other)]))
+        return (squared.sqrt().item() / self.rho) ** 2, dot.item()
 
     def _within(self, perturbation: Tensor) -> Tensor:
         """Nearest in the ball's own norm, in place: shortened."""
@@ -411,6 +455,11 @@ class _PlainSteps:
 
     region: Region
 
+    @property
+    def layout(self) -> Layout:
+        layout: Layout = getattr(self.region, "layout", WHOLE)
+        return layout
+
     def project(self, perturbation: Tensor) -> Tensor:
         return self.region.project(perturbation)
 
@@ -422,16 +471,15 @@ class _PlainSteps:
 
     def vertex_step(self, out: Tensor | None, y: Tensor, gradient: Tensor, share: float = 1.0) -> VertexStep:
         vertex = self.region.ascent_vertex(gradient)
-        slope = reductions.dot(gradient, vertex).item()
         step = vertex - y
-        told = VertexStep(reductions.dot(gradient, step).item(), slope, reductions.dot(step, step).item())
+        told = [reductions.dot(gradient, step), reductions.dot(gradient, vertex), reductions.dot(step, step)]
         if out is not None:
             out.copy_(vertex if share == 1 else y + share * step)
-        return told
+        return VertexStep(*self.layout.sums(torch.stack(told)).tolist())
 
     def linear_point(self, out: Tensor, gradient: Tensor, fraction: float) -> float:
         out.copy_(self.region.ascent_vertex(gradient))
-        slope = reductions.dot(gradient, out).item()
+        slope: float = self.layout.dot(gradient, out).item()
         out.mul_(fraction)
         return slope
 
@@ -452,11 +500,14 @@ class _PlainSteps:
             moved = self.region.project(y + momentum * (moved - y) + (1 - momentum) * (y - previous))
         step = moved - y
         out.copy_(moved)
-        return ProjectedStep(reductions.dot(gradient, step).item(), reductions.dot(step, step).item())
+        ascent, squared = self.layout.sums(torch.stack([reductions.dot(gradient, step), reductions.dot(step, step)]))
+        return ProjectedStep(ascent.item(), squared.item())
 
     def secant(self, y: Tensor, other: Tensor, gradient: Tensor, other_gradient: Tensor) -> tuple[float, float]:
         step = other - y
-        return reductions.dot(step, step).item(), reductions.dot(step, other_gradient - gradient).item()
+        told = torch.stack([reductions.dot(step, step), reductions.dot(step, other_gradient - gradient)])
+        squared, curvature = self.layout.sums(told).tolist()
+        return squared, curvature
 
     def model_step(self, out: Tensor, y: Tensor, gradient: Tensor, other: Tensor, other_gradient: Tensor) -> bool:
         return False

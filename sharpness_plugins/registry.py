@@ -134,7 +134,8 @@ class Hooks(Protocol):
 
         An attribute ``invariances = frozenset({"neuron_permutation"})`` of the class says what leaves its number as it is
         (``sharpness_plugins.specs.INVARIANCES``), and ``sharpness_plugins.testing.check_metric(Fisher())`` in a test of the
-        plugin holds it to that and to all else that users rely on.
+        plugin holds it to that and to all else that users rely on. ``works_on_shards = True`` says that it can measure
+        models whose weights do not fit on one device; ``sharpness_plugins.specs.Metric`` says what that asks of it.
         """
 
     @hookspec(firstresult=True)
@@ -305,7 +306,9 @@ class _Decorator(Protocol):
     def __call__(self, target: Callable[..., Any], /) -> FunctionMetric: ...
 
 
-def metric(name: str, *, summary: str | None = None, invariances: Iterable[str] | None = None) -> _Decorator:
+def metric(
+    name: str, *, summary: str | None = None, invariances: Iterable[str] | None = None, works_on_shards: bool = False
+) -> _Decorator:
     """Make a metric of a function or of a frozen dataclass, and register it under ``name``::
 
         @metric("gradient_norm")
@@ -324,6 +327,8 @@ def metric(name: str, *, summary: str | None = None, invariances: Iterable[str] 
         summary: defaults to the first line of the docstring.
         invariances: of a function, what leaves its number as it is, names out of ``specs.INVARIANCES``; a class says it by
             an attribute. ``testing.check_metric`` checks it.
+        works_on_shards: of a function, whether it can measure where vectors lie in shards, see ``specs.Metric``; a class
+            says it by an attribute.
     """
     if not isinstance(name, str):
         raise TypeError('write @metric("a_name"), with the name of the metric')
@@ -332,9 +337,13 @@ def metric(name: str, *, summary: str | None = None, invariances: Iterable[str] 
     def decorate(target: Any) -> Any:
         if claimed is not None and isinstance(target, type):
             raise TypeError(f"metric {name!r}: a class says its invariances by an attribute, invariances = {claimed}")
+        if works_on_shards and isinstance(target, type):
+            raise TypeError(f"metric {name!r}: a class says it by an attribute, works_on_shards = True")
         made = _named_class(target, name) if isinstance(target, type) else FunctionMetric(target, name=name)
         if claimed is not None:
             made = replace(made, invariances=claimed)
+        if works_on_shards:
+            made = replace(made, works_on_shards=True)
         spec = MetricSpec(
             name,
             made.with_settings if isinstance(made, FunctionMetric) else made,

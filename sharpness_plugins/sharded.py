@@ -1,4 +1,4 @@
-"""Models whose weights lie on several devices: of ``fully_shard`` they are gathered, others are refused by name."""
+"""Models whose weights lie on several devices: those of ``fully_shard`` can be measured, others are refused by name."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import distributed
 from .distributed import Ranks
-from .memory import free_bytes
+from .memory import MemoryBudget, free_bytes, parse_bytes
 
-__all__ = ["check_gathered", "check_supported", "is_fully_sharded", "without_sharding"]
+__all__ = [
+    "check_gathered",
+    "check_supported",
+    "fits_gathered",
+    "is_fully_sharded",
+    "is_fully_sharded_itself",
+    "reshard",
+    "without_sharding",
+]
 
 _STATE = "FSDPState."
 _INSTEAD = {
@@ -25,15 +34,25 @@ _INSTEAD = {
 
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was applied to the model or a part of it."""
-    return any(_is_fully_sharded(part) for part in module.modules())
+    return any(is_fully_sharded_itself(part) for part in module.modules())
+
+
+def reshard(module: nn.Module) -> None:
+    """Give every rank its part again of weights that a pass without a backward has left gathered.
+
+    They would be those that ``fully_shard`` computes with, which its ``mp_policy`` may have rounded. The next pass gathers
+    them again, also a backward pass that is still to come.
+    """
+    for part in module.modules():
+        if is_fully_sharded_itself(part):
+            part.reshard()  # type: ignore[operator]
 
 
 def check_supported(module: nn.Module) -> None:
-    """Raise where the weights are spread in a way that cannot be measured here, or do not fit in memory when gathered.
+    """Raise where the weights are spread in a way that cannot be measured here.
 
     Raises:
         TypeError: FSDP1, DeepSpeed, tensor parallelism; says what to do.
-        MemoryError: the gathered weights take more than is free.
     """
     for part in module.modules():
         for kind in type(part).__mro__:
@@ -45,7 +64,7 @@ def check_supported(module: nn.Module) -> None:
             raise TypeError(f"parameter {name!r} is partitioned by DeepSpeed: {_INSTEAD['DeepSpeedEngine']}")
     if not spread:
         return
-    sharded = {id(tensor) for part in module.modules() if _is_fully_sharded(part) for tensor in part.parameters()}
+    sharded = {id(tensor) for part in module.modules() if is_fully_sharded_itself(part) for tensor in part.parameters()}
     for name, tensor in spread.items():
         placements: Any = getattr(tensor, "placements", ())
         kinds = [type(placement).__name__ for placement in placements]
@@ -59,7 +78,6 @@ def check_supported(module: nn.Module) -> None:
                 "only weights sharded by fully_shard alone can be measured here: gather them (parameter.full_tensor()) into "
                 "a plain copy of the model and measure that"
             )
-    _check_room(list(spread.values()))
 
 
 def check_gathered(module: nn.Module, ranks: Ranks) -> None:
@@ -77,14 +95,25 @@ def check_gathered(module: nn.Module, ranks: Ranks) -> None:
             )
 
 
-def _check_room(tensors: list[Tensor]) -> None:
-    needed, device = 2 * sum(4 * tensor.numel() for tensor in tensors), tensors[0].device  # parts, and all in one
-    free = free_bytes(device)
-    if free is not None and needed > free:
-        raise MemoryError(
-            f"the weights are sharded, and every rank measures on all of them, which takes {needed / 2**30:.2f} GiB while "
-            f"they are gathered, and {free / 2**30:.2f} GiB are free on {device}. Pass device='cpu', or use larger devices."
-        )
+def fits_gathered(module: nn.Module, memory: int | str | None, device: torch.device | None) -> bool:
+    """Whether a rank has room for all of the weights, and for the vectors that solvers work with, in whole.
+
+    Args:
+        memory: what may be kept; None for what is free.
+        device: where they would be; None for where the weights are.
+    """
+    parameters = list(module.parameters())
+    spread = [parameter for parameter in parameters if distributed.is_spread(parameter)]
+    if not spread:
+        return True
+    perturbed = sum(_bytes(parameter) for parameter in parameters if parameter.requires_grad)
+    needed = sum(map(_bytes, parameters)) + (MemoryBudget.VECTORS - 1) * perturbed
+    free = free_bytes(device or spread[0].device) if memory is None else parse_bytes(memory)
+    return free is None or needed <= free
+
+
+def _bytes(parameter: Tensor) -> int:
+    return parameter.numel() * max(parameter.element_size(), 4)
 
 
 @contextlib.contextmanager
@@ -99,7 +128,9 @@ def without_sharding(modules: Iterable[nn.Module]) -> Iterator[None]:
     tables: list[tuple[Any, dict[Any, Any]]] = []
     try:
         for module in modules:
-            if not _is_fully_sharded(module) and not any(_is_of_sharding(hook) for hook in module._forward_hooks.values()):
+            if not is_fully_sharded_itself(module) and not any(
+                _is_of_sharding(hook) for hook in module._forward_hooks.values()
+            ):
                 continue
             for table in (module._forward_pre_hooks, module._forward_hooks):
                 tables.append((table, dict(table)))
@@ -117,7 +148,8 @@ def without_sharding(modules: Iterable[nn.Module]) -> Iterator[None]:
             table.update(before)
 
 
-def _is_fully_sharded(module: nn.Module) -> bool:
+def is_fully_sharded_itself(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to the module."""
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 

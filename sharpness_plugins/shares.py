@@ -23,8 +23,8 @@ __all__ = ["Share", "share_of"]
 
 # of those, batches are dealt out: the last ones, that do not go round, are at most an eighth of the work
 _ENOUGH_BATCHES = 8
-# by the names of their types: what they do beside reading is to move batches, and to talk to other ranks
-_READ_PLAINLY = ("DataLoaderShard",)
+# Accelerate's, by the names of their types: what they do beside reading is to move batches, and to talk to other ranks
+_READ_PLAINLY = ("DataLoaderShard", "DataLoaderDispatcher")
 
 Indices = list[Any]
 
@@ -98,6 +98,7 @@ def share_of(loader: Iterable[Any], ranks: Ranks, *, max_samples: int | None, se
       read. Where they agree, batches are dealt out. Where they do not (``DistributedSampler``, shuffles of their own), each
       rank keeps its samples but for those that another one has before it: the repeats that fill up the last batches are left
       out.
+    * What Accelerate has prepared is read as it was before: in one process, without the repeats that make its ranks even.
     * Other loaders: "same data" where their first batches are equal, "own data" where all of them differ.
 
     The caller preserves the random states.
@@ -108,7 +109,7 @@ def share_of(loader: Iterable[Any], ranks: Ranks, *, max_samples: int | None, se
         LoaderError: what the ranks' loaders hold is not what ``ranks.how`` says, or cannot be told.
     """
     with ranks.sharing("looking at the loaders"):
-        loader = checked(loader)
+        loader = _as_prepared_from(checked(loader))
         states = sampling.generator_states(holders_of(loader))
         sampling.seed_global(seed)
         inner = _indexed(loader)
@@ -116,6 +117,7 @@ def share_of(loader: Iterable[Any], ranks: Ranks, *, max_samples: int | None, se
         sampling.set_generator_states(states)
         own = _digest_of_dataset(inner, plan)
         if own is None:
+            _check_not_dispatched(loader)
             inner, own = None, _digest_of_first(loader)
         sampling.set_generator_states(states)
         count = _num_batches(loader, max_samples)
@@ -127,6 +129,7 @@ def share_of(loader: Iterable[Any], ranks: Ranks, *, max_samples: int | None, se
         unique = same_order or _marked(inner) or not any(_has_repeats(part) for part in parts)
         if unique and not (same_order and ranks.how == "own data"):
             return _of_plans(loader, inner, parts, ranks, max_samples)
+    _check_not_dispatched(loader)
     equal = [r for r, d in zip(ranks.members, digests, strict=True) if d.contents and told.count(d) > 1]
     ranks.how = _settled(ranks.how, equal, ranks.size)
     if ranks.how == "same data":
@@ -172,6 +175,32 @@ def _indexed(loader: Any) -> DataLoader[Any] | None:
     return _indexed(inner[0]) if len(inner) == 1 else None
 
 
+def _as_prepared_from(loader: Any) -> Any:
+    """The loader of an iterable data set that Accelerate gives to the ranks in turn, with repeats so that all get alike."""
+    shard: Any = getattr(loader, "dataset", None)
+    if type(loader).__name__ not in _READ_PLAINLY or type(shard).__name__ != "IterableDatasetShard":
+        return loader
+    return DataLoader(
+        shard.dataset,
+        batch_size=loader.batch_size,
+        collate_fn=loader.collate_fn,
+        drop_last=loader.drop_last,
+        num_workers=loader.num_workers,
+        multiprocessing_context=loader.multiprocessing_context,
+        worker_init_fn=loader.worker_init_fn,
+    )
+
+
+def _check_not_dispatched(loader: Any) -> None:
+    if type(loader).__name__ == "DataLoaderDispatcher":
+        raise LoaderError(
+            "the loader sends what rank 0 reads to the other ranks (Accelerate's dispatch_batches), and fills its last "
+            "batch up with samples that were there before, which would count twice. Here they cannot be told by their "
+            "indices, as those of a map-style data set that all ranks hold: pass the loader as it was before "
+            "accelerator.prepare, or use dispatch_batches=False."
+        )
+
+
 def _planned(loader: DataLoader[Any]) -> list[Indices]:
     """The indices of every batch of a pass."""
     if type(loader).__iter__ is DataLoader.__iter__:
@@ -186,8 +215,12 @@ def _planned(loader: DataLoader[Any]) -> list[Indices]:
 
 def _marked(loader: DataLoader[Any]) -> bool:
     """Whether a sampler is made for ranks, so that what is there twice fills up a batch."""
-    holders = [loader.batch_sampler, loader.sampler, getattr(loader.batch_sampler, "sampler", None)]
-    return any(hasattr(holder, "num_replicas") for holder in holders)
+    holders: list[Any] = [loader.sampler]
+    batches: Any = loader.batch_sampler
+    while batches is not None:
+        holders += [batches, getattr(batches, "sampler", None)]
+        batches = getattr(batches, "batch_sampler", None)  # inside of Accelerate's
+    return any(hasattr(holder, "num_replicas") or hasattr(holder, "num_processes") for holder in holders)
 
 
 def _has_repeats(plan: list[Indices]) -> bool:

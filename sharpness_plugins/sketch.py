@@ -13,7 +13,8 @@ from .batches import Batch
 from .distributed import Ranks
 from .evaluation import Evaluator
 from .losses import logits_of
-from .micro_batches import MicroBatches
+from .micro_batches import MicroBatches, Part
+from .rounds import Rounds
 
 __all__ = ["Sketch"]
 
@@ -32,20 +33,24 @@ class Sketch:
         share: float,
         ranks: Ranks,
         *,
+        rounds: Rounds,
         parts: MicroBatches,
+        lend: Callable[[Tensor], Tensor],
         session: Callable[[], AbstractContextManager[None]],
         spend: Callable[[str, float], None],
     ) -> None:
         self._evaluator, self._batches, self.share, self._ranks = evaluator, batches, share, ranks
-        self._parts, self._session, self._spend = parts, session, spend
+        self._rounds, self._parts, self._lend = rounds, parts, lend
+        self._session, self._spend = session, spend
         self._origin = evaluator.space.origin
 
     def probabilities(self) -> Tensor | None:
         """Mean softmax of the outputs, shape ``(num_outputs,)``; None where the model's output is not a tensor of scores."""
         sums: list[Tensor | None] = []
         with self._session(), torch.no_grad(), self._ranks.sharing("mean outputs"):
-            found = self._each(self._origin, lambda scores: scores.softmax(1).sum(0))
-            sums.extend(None if entry is None else entry.cpu() for entry in found)
+            for lent, entry in self._each(self._origin, lambda scores: scores.softmax(1).sum(0)):
+                if not lent:
+                    sums.append(None if entry is None else entry.cpu())
         every = [entry for part in self._ranks.gather(sums) for entry in part]
         known = [entry for entry in every if entry is not None]
         if len(known) < len(every) or len({entry.shape for entry in known}) != 1:
@@ -68,22 +73,25 @@ class Sketch:
                 return torch.autograd.grad(along, leaf, allow_unused=True)[0] if along.requires_grad else None
 
             missing = 0
-            for found in self._each(leaf, differentiated):
-                if found is None:
-                    missing = 1
-                    break
-                gradient += found
-            shared.numbers, shared.vector = [missing], gradient
+            for lent, found in self._each(leaf, differentiated):
+                missing += found is None and not lent
+                if found is not None:
+                    gradient += found
+            shared.numbers = [missing]
+            shared.vector = gradient if self._evaluator.space.layout.is_whole else None  # shards are added up already
         if shared.numbers[0]:
             return None
         self._spend("gradients", self.share)
-        return shared.vector
+        return gradient if shared.vector is None else shared.vector
 
-    def _each(self, flat: Tensor, use: Callable[[Tensor], Tensor | None]) -> Iterator[Tensor | None]:
-        """``use`` of the scores of every part of every batch."""
-        for batch in self._batches:
-            self._evaluator.seed(batch.position)
-            yield from self._parts.each(batch, lambda part: self._with_scores(flat, part.batch, use))
+    def _each(self, flat: Tensor, use: Callable[[Tensor], Tensor | None]) -> Iterator[tuple[bool, Tensor | None]]:
+        """``use`` of the scores of every part of every batch; and of data that only other ranks have, what they add here."""
+
+        def work(part: Part) -> tuple[bool, Tensor | None]:
+            self._evaluator.seed(part.batch.position)
+            return False, self._with_scores(flat, part.batch, use)
+
+        return self._rounds.each(self._batches, self._parts, work, lend=lambda: (True, self._lend(flat)))
 
     def _with_scores(self, flat: Tensor, batch: Batch, use: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """``use`` of the model's output on the batch as rows of scores, shape ``(positions, outputs)``."""

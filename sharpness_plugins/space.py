@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from . import distributed
 from .errors import did_you_mean
+from .layout import WHOLE, Layout
 
-__all__ = ["ParameterSpace", "Select"]
+__all__ = ["ParameterSpace", "Select", "full_dtype"]
 
 Select: TypeAlias = "Callable[[str, nn.Parameter], bool] | str | Sequence[str] | None"
 
@@ -38,6 +39,8 @@ class ParameterSpace:
         names, shapes: of the selected parameters, in model order.
         ordinals: their positions among all of the model's parameters.
         dim: number of selected scalars.
+        numels: how many of the scalars of each parameter lie here.
+        layout: how vectors of the space lie; where they lie in shards, ``(dim,)`` stands for this rank's shard.
         origin: the trained values, shape ``(dim,)``; a copy.
         has_half: whether some parameter or buffer was half precision.
     Raises:
@@ -60,8 +63,8 @@ class ParameterSpace:
         self.names = list(chosen.values())
         self.shapes = [parameter.shape for parameter in chosen]
         self.ordinals = [ordinal[parameter] for parameter in chosen]
-        self.numels = [parameter.numel() for parameter in chosen]
-        self.dim = sum(self.numels)
+        self.layout, self.numels = self._lay_out([parameter.numel() for parameter in chosen])
+        self.dim = sum(parameter.numel() for parameter in chosen)
         if self.dim == 0:
             raise ValueError(f"the selected parameters {self.names} hold no numbers at all, so there is nothing to perturb")
         self.num_parameters = sum(parameter.numel() for parameter in aliases)
@@ -71,20 +74,32 @@ class ParameterSpace:
         self.dtype = torch.float32
         for parameter in chosen:
             self.dtype = torch.promote_types(self.dtype, parameter.dtype)
-        self._dtypes = [_full(parameter.dtype) for parameter in chosen]
+        self._dtypes = [full_dtype(parameter.dtype) for parameter in chosen]
         self._devices = [device or parameter.device for parameter in chosen]
         self.device = self._devices[0]
         self.origin = torch.cat([self._flat(parameter) for parameter in chosen])
         everything = [*aliases, *model.buffers()]
         self.has_half = any(tensor.dtype in _HALF for tensor in everything)
-        self._constants = {names[0]: self._constant(p) for p, names in aliases.items() if p not in chosen}
+        self._constants = self._hold({names[0]: p for p, names in aliases.items() if p not in chosen})
         self._buffers = {name: self._constant(buffer) for name, buffer in model.named_buffers()}
+        self._first_names = {name: names[0] for names in aliases.values() for name in names}
+
+    def _lay_out(self, numels: list[int]) -> tuple[Layout, list[int]]:
+        """How vectors lie, and how many of the scalars of each parameter lie here."""
+        return WHOLE, numels
 
     def _flat(self, parameter: Tensor) -> Tensor:
+        """What lies here of a selected parameter."""
         return distributed.whole(parameter).detach().reshape(-1).to(self.device, self.dtype, copy=True)
 
+    def _hold(self, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those parameters that every evaluation is given as they are."""
+        return {name: self._constant(parameter) for name, parameter in constants.items()}
+
     def _constant(self, tensor: Tensor) -> Tensor:
-        constant = distributed.whole(tensor).detach().to(device=self._device or tensor.device, dtype=_full(tensor.dtype))
+        constant = (
+            distributed.whole(tensor).detach().to(device=self._device or tensor.device, dtype=full_dtype(tensor.dtype))
+        )
         return constant.clone() if constant.is_inference() else constant
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
@@ -99,6 +114,8 @@ class ParameterSpace:
 
     def state(self, flat: Tensor, *, copy_constants: bool = False) -> dict[str, Tensor]:
         """Parameters and buffers for ``functional_call``: views of ``flat``, constants, and clones of the buffers.
+
+        Those that lie in shards are not among them.
 
         Buffers are cloned because modules write to them (BatchNorm's running statistics, counters); the parameters that
         are not perturbed only on request, for the rare module that writes to its weights (``max_norm`` of an embedding).
@@ -140,14 +157,17 @@ class ParameterSpace:
         Raises:
             ValueError: it has another shape than ``(dim,)``.
         """
-        if tuple(vector.shape) != (self.dim,):
+        if vector.shape != self.origin.shape:
+            here = "" if self.layout.is_whole else " that lies on this rank"
             raise ValueError(
-                f"{role} must have shape ({self.dim},), one number per selected parameter, got {tuple(vector.shape)}"
+                f"{role} must have shape {tuple(self.origin.shape)}, one number per selected parameter{here}, got "
+                f"{tuple(vector.shape)}"
             )
         return vector.to(self.device, self.dtype)
 
 
-def _full(dtype: torch.dtype) -> torch.dtype:
+def full_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which a tensor is represented: half precision in float32."""
     return torch.float32 if dtype in _HALF else dtype
 
 

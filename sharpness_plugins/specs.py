@@ -46,6 +46,7 @@ __all__ = [
     "metric_name",
     "metric_settings",
     "spec_of",
+    "works_on_shards",
 ]
 
 _POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -96,6 +97,11 @@ class Metric(Protocol):
 
     It may say what leaves its number as it is by an attribute ``invariances``, a set of names out of ``INVARIANCES``;
     ``sharpness_plugins.testing.check_metric`` asks for it, and checks it along with everything else that users rely on.
+
+    An attribute ``works_on_shards = True`` says that it can measure a model whose weights do not fit on one device
+    (``objective.layout.is_whole`` is False). Each rank then has its shard of ``objective.origin`` and of all vectors, of
+    which some ranks may have nothing: sums, norms, the dimension and random vectors must come from ``objective.layout``, and
+    what is decided must depend on those alone, so that all ranks go the same way. Without it, it fails there, by name.
     """
 
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult: ...
@@ -216,12 +222,14 @@ class FunctionMetric:
     Attributes:
         settings: all of them; those not given have the function's defaults.
         invariances: names out of ``INVARIANCES``; None where nothing is said of them.
+        works_on_shards: see ``Metric``.
     """
 
     function: Callable[..., Any]
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     name: str = ""
     invariances: frozenset[str] | None = None
+    works_on_shards: bool = False
 
     def __post_init__(self) -> None:
         name = self.name or self.function.__name__
@@ -251,7 +259,8 @@ class FunctionMetric:
         holder = _find(module, qualname)
         if isinstance(holder, FunctionMetric) and holder.function is self.function:
             return _unpickled, (module, qualname, dict(self.settings))
-        return FunctionMetric, (self.function, dict(self.settings), self.name, self.invariances)
+        said = (self.invariances, self.works_on_shards)
+        return FunctionMetric, (self.function, dict(self.settings), self.name, *said)
 
 
 def _unpickled(module: str, qualname: str, settings: Mapping[str, Any]) -> FunctionMetric:
@@ -379,6 +388,11 @@ def metric_invariances(metric: object) -> frozenset[str] | None:
                 f"{name!r} is no invariance.{did_you_mean(name, INVARIANCES)} There are {', '.join(INVARIANCES)}"
             )
     return frozenset(claimed)
+
+
+def works_on_shards(metric: object) -> bool:
+    """Whether the metric says that it can measure where vectors lie in shards; see ``Metric``."""
+    return getattr(metric, "works_on_shards", False) is True
 
 
 def metric_settings(metric: object) -> dict[str, Any]:

@@ -200,6 +200,13 @@ def check_batch_statistics(rank: int, world_size: int) -> dict[str, Any]:
     return found
 
 
+def check_synchronized_statistics(rank: int, world_size: int) -> dict[str, Any]:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network(norm=True))
+    objective = Objective(model, whole(18), criterion=CRITERION)
+    refused = raised(lambda: Objective(model, whole(18), criterion=CRITERION, batch_norm="batch"))
+    return {"kind": type(model[1]).__name__, "refused": refused, **evaluated(objective)}
+
+
 def spread(model: nn.Module, batch: Any) -> Tensor:
     """No mean over samples."""
     return model(batch[0]).std()
@@ -547,7 +554,27 @@ def check_training_fully_sharded(rank: int, world_size: int) -> dict[str, Any]:
             if step == 3:
                 weights = [parameter.full_tensor().tolist() for parameter in model.parameters()]
         found.append([parameter.full_tensor().tolist() for parameter in model.parameters()])
+    low, policy = network().float(), MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(low[0], mp_policy=policy)
+    fully_shard(low, mp_policy=policy)  # the outer group stays gathered after a forward pass
+    data_of_low = [(x.float(), y) for x, y in whole(20)]
+    losses = [Objective(low, data_of_low).loss]
+    with torch.no_grad():
+        low(data_of_low[0][0])
+    gathered = sum(not isinstance(parameter.data, DTensor) for parameter in low.parameters())
+    losses.append(Objective(low, data_of_low).loss)
+    gradients = []
+    for measured in (False, True):
+        loss = functional.cross_entropy(low(data_of_low[0][0]).float(), data_of_low[0][1])
+        if measured:
+            losses.append(Objective(low, data_of_low).loss)
+        loss.backward()
+        gradients.append([parameter.grad.full_tensor().tolist() for parameter in low.parameters()])  # type: ignore[union-attr]
+        low.zero_grad()
     return {
+        "gathered": gathered,
+        "losses": losses,
+        "gradients": gradients[0] == gradients[1],
         "same": found[0] == found[1],
         "weights": weights,
         "values": {key: result.value for key, result in report.results.items()},
@@ -632,21 +659,20 @@ def lose_a_rank(rank: int, world_size: int, how: str) -> str:
 # ---------------------------------------------------------------------- who starts them
 
 
-def on_rank(rank: int, world_size: int, folder: str, names: list[str], timeout: float, module: str) -> None:
+def on_rank(rank: int, world_size: int, folder: str, names: list[str], timeout: float, checks: str) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
     )
     found: dict[str, Any] = {}
-    checks = importlib.import_module(module).CHECKS
     for name in names:
         began = time.monotonic()
         try:
             if name in DEATHS:
                 found[name] = lose_a_rank(rank, world_size, name)
             else:
-                found[name] = checks[name](rank, world_size)
+                found[name] = importlib.import_module(checks).CHECKS[name](rank, world_size)
         except Exception:
             found[name] = {"error": traceback.format_exc()}
         found[f"{name} seconds"] = time.monotonic() - began
@@ -658,14 +684,14 @@ def on_rank(rank: int, world_size: int, folder: str, names: list[str], timeout: 
 
 
 def start(
-    world_size: int, folder: Path, names: list[str], *, timeout: float = 60.0, module: str = "rank_checks"
+    world_size: int, folder: Path, names: list[str], *, timeout: float = 60.0, checks: str = "rank_checks"
 ) -> list[Any]:
-    """Processes that make these checks of a module."""
+    """Processes that run checks of a module, by their names."""
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "rank_checks"])
     folder.mkdir()
     processes = [
-        context.Process(target=on_rank, args=(rank, world_size, str(folder), names, timeout, module))
+        context.Process(target=on_rank, args=(rank, world_size, str(folder), names, timeout, checks))
         for rank in range(world_size)
     ]
     for process in processes:

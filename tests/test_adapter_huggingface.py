@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 pytest.importorskip("transformers", reason="the Hugging Face adapter is tested where transformers is installed")
 pytest.importorskip("accelerate", reason="the Hugging Face adapter is tested where accelerate is installed")
@@ -46,9 +46,10 @@ from sharpness_adapters.huggingface import (
     train_in_phases,
 )
 from sharpness_adapters.plain import attach
-from sharpness_plugins import measure_sharpness
+from sharpness_plugins import distributed, measure_sharpness
 from sharpness_plugins.controller import BatchController
 from sharpness_plugins.errors import LoaderError
+from sharpness_plugins.objective import Objective
 from sharpness_plugins.optimizers import SharpnessAware, perturbed
 from sharpness_plugins.probe import probe_batches
 from sharpness_plugins.registry import get_rule
@@ -671,7 +672,7 @@ def test_what_must_know_the_trainer_says_so(tmp_path, callback):
         trainer.train()
 
 
-@pytest.mark.parametrize(("engine", "name"), [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")])
+@pytest.mark.parametrize(("engine", "name"), [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP1")])
 def test_sharded_engines_are_refused_by_name(tmp_path, engine, name):
     trainer = trainer_of(tmp_path, gpt(), texts())
     setattr(trainer, engine, True)
@@ -679,12 +680,12 @@ def test_sharded_engines_are_refused_by_name(tmp_path, engine, name):
     attempts = {type(one).__name__: one.attach for one in kinds}
     attempts["train_in_phases"] = lambda trainer: train_in_phases(trainer, "0:8")
     for what, attempt in attempts.items():
-        with pytest.raises(ValueError, match=f"^{what} does not work with {name}, .*DistributedDataParallel$"):
+        with pytest.raises(ValueError, match=rf"^{what} does not work with {name}, .* fully_shard \(FSDP2\)$"):
             attempt(trainer)
     wrapped = trainer_of(tmp_path, gpt(), texts())
     wrapped.add_callback(SharpnessCallback([METRIC]))  # does not know the trainer, and sees the model
     wrapped.model.__class__ = type("FullyShardedDataParallel", (type(wrapped.model),), {})
-    with pytest.raises(ValueError, match=r"^SharpnessCallback does not work with FSDP"):
+    with pytest.raises(ValueError, match=r"^SharpnessCallback does not work with FSDP1"):
         wrapped.train()
 
 
@@ -1027,7 +1028,7 @@ rank = 0 if os.fork() else 1
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60))
 try:
-    found = json.dumps(given.on_two_ranks(folder))
+    found = json.dumps(getattr(given, sys.argv[3])(folder))
 except BaseException:
     found = traceback.format_exc()
 (folder / f"rank{rank}").write_text(found)
@@ -1112,14 +1113,18 @@ def on_two_ranks(folder: Path) -> dict:
     return found
 
 
-def test_two_ranks(tmp_path):
+def start_two_ranks(folder, work: str) -> list[dict]:
     env = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, and not used: the ranks meet by the file
-    command = [sys.executable, "-W", "ignore", "-c", RANKS, str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-W", "ignore", "-c", RANKS, str(folder), str(Path(__file__).parent), work]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=150)
-    answers = [(tmp_path / f"rank{rank}").read_text() if done.returncode == 0 else done.stderr[-3000:] for rank in range(2)]
+    answers = [(folder / f"rank{rank}").read_text() if done.returncode == 0 else done.stderr[-3000:] for rank in range(2)]
     assert all(answer.startswith("{") for answer in answers), answers
-    one, two = map(json.loads, answers)
+    return [json.loads(answer) for answer in answers]
+
+
+def test_two_ranks(tmp_path):
+    one, two = start_two_ranks(tmp_path, "on_two_ranks")
     for passes in zip(one["sizes"], two["sizes"], strict=True):
         for size, first, second in zip((16, 32, 8, 16), *passes, strict=True):
             assert [len(batch) for batch in first] == [len(batch) for batch in second] == [size // 2] * (NUM_SAMPLES // size)
@@ -1164,6 +1169,173 @@ def test_two_ranks(tmp_path):
                 parameter -= 1e-4 * parameter.grad
                 parameter.grad = None
     assert one["loop"] == pytest.approx(weights(model).tolist(), rel=1e-6)
+
+
+# --- measuring on loaders that Accelerate has made
+
+
+class Stream(IterableDataset):
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __iter__(self):
+        return iter(self.data)
+
+
+def few(count: int) -> TensorDataset:
+    g = torch.Generator().manual_seed(count)
+    return TensorDataset(torch.randn(count, 4, generator=g).double(), torch.randint(3, (count,), generator=g))
+
+
+def prepared(accelerator, count: int, what: str, setting: tuple[bool, bool, bool]):
+    config = accelerator.dataloader_config
+    config.split_batches, config.dispatch_batches, config.even_batches = setting
+    size = 8 if config.split_batches else 4
+    if what == "stream":
+        return accelerator.prepare(DataLoader(Stream(few(count)), batch_size=size))
+    loader = accelerator.prepare(DataLoader(few(count), batch_size=size, shuffle=what != "in order"))
+    return accelerator.skip_first_batches(loader, 0) if what == "skipped" else loader
+
+
+LOADERS = [
+    (count, what, setting)
+    for count in (3, 16, 29)  # fewer than a batch for each rank, whole batches, a ragged last one
+    for what in ("in order", "shuffled", "skipped", "stream")
+    for setting in itertools.product((False, True), repeat=3)
+]
+
+
+def small() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def on_ranks_with_loaders(folder: Path) -> dict:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    found = {}
+    for case in LOADERS:
+        try:
+            objective = Objective(small(), prepared(accelerator, *case), criterion=nn.CrossEntropyLoss())
+            told = [objective.num_samples, objective.loss, *objective.value_and_grad()[1].tolist()]
+        except LoaderError as error:
+            told = str(error)
+        found[repr(case)] = told
+    return found
+
+
+def test_a_loader_of_accelerate_is_measured_as_in_one_process_without_its_repeats(tmp_path):
+    ranks = start_two_ranks(tmp_path, "on_ranks_with_loaders")
+    for count, what, setting in LOADERS:
+        objective = Objective(small(), [few(count).tensors], criterion=nn.CrossEntropyLoss())
+        expected = [count, objective.loss, *objective.value_and_grad()[1].tolist()]
+        for found in ranks:
+            told = found[repr((count, what, setting))]
+            if what == "stream" and setting[1]:
+                assert "(Accelerate's dispatch_batches), and fills its last batch up" in told
+            else:
+                assert told == pytest.approx(expected, rel=1e-10, abs=1e-13), (count, what, setting)
+
+
+# --- weights in parts
+
+TRAINS_SHARDS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 7)  # on the CPU
+SHARDED_RUNS = ("plain", "measured", "SAM", "sizes", "all", "phases")
+
+
+def shard_on_cpu() -> None:
+    """Accelerate shards on accelerators only: let it take its group of CPUs for one of those."""
+    from accelerate import DistributedType, PartialState
+    from accelerate.state import AcceleratorState
+
+    begun = AcceleratorState.__init__
+
+    def begin(self, *args, fsdp_plugin=None, **settings):
+        begun(self, *args, fsdp_plugin=fsdp_plugin, **settings)
+        if fsdp_plugin is not None:
+            AcceleratorState._shared_state["fsdp_plugin"] = fsdp_plugin
+            for state in (AcceleratorState, PartialState):
+                state._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = begin
+
+
+def sharded_run(folder: Path, name: str, *, alone: bool) -> dict:
+    settings = {"per_device_train_batch_size": 8, "num_train_epochs": 3}
+    if not alone:
+        version = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}}
+        settings |= {"per_device_train_batch_size": 4, **version}
+    trainer = trainer_of(folder / name, gpt().double(), texts(), **settings)
+    told = SharpnessCallback([METRIC], every="3 steps", budget=None, num_samples=8)
+    if name != "plain":
+        told.attach(trainer)
+    if name in ("SAM", "all"):
+        SAMCallback(rho=0.1).attach(trainer)
+    if name in ("sizes", "all"):
+        BatchSizeCallback("0:8 1ep:32 2ep:16").attach(trainer)
+    if name == "phases":
+        train_in_phases(trainer, "0:8 1ep:32 2ep:16")
+    else:
+        trainer.train()
+    return {
+        "kind": {type(parameter.data).__name__ for parameter in trainer.model.parameters()}.pop(),
+        "weights": torch.cat([distributed.whole(p.detach()).flatten() for p in trainer.model.parameters()]).tolist(),
+        "rng": torch.get_rng_state().sum().item(),
+        "history": [[made.step, made.samples, made.loss, dict(made.values)] for made in told.history],
+    }
+
+
+def on_sharded_ranks(folder: Path) -> dict:
+    gc.freeze()
+    shard_on_cpu()
+    return {name: sharded_run(folder, name, alone=False) for name in SHARDED_RUNS} | {"loop": sharded_loop(alone=False)}
+
+
+def sharded_loop(*, alone: bool) -> dict:
+    """A loop of one's own with ``Accelerator.prepare``, and ``attach`` around it."""
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    plugin = None if alone else FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    data = TensorDataset(torch.randn(NUM_SAMPLES, 1, dtype=torch.float64), torch.arange(NUM_SAMPLES) % 2)
+    given = net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), DataLoader(data, batch_size=8 if alone else 4)
+    model, optimizer, loader = accelerator.prepare(*given)
+    settings = {"criterion": nn.CrossEntropyLoss(), "every": "3 steps", "budget": None, "probe_samples": 8}
+    with attach(model, optimizer, loader, metrics=["hessian_topk"], **settings) as run:
+        for x, y in itertools.chain(loader, loader):
+            accelerator.backward(F.cross_entropy(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+    return {
+        "kind": {type(parameter.data).__name__ for parameter in model.parameters()}.pop(),
+        "weights": torch.cat([distributed.whole(p.detach()).flatten() for p in model.parameters()]).tolist(),
+        "history": [[made.step, made.samples, made.loss, dict(made.values)] for made in run.history],
+    }
+
+
+@pytest.mark.skipif(not TRAINS_SHARDS, reason="torch 2.6 trains fully_shard on accelerators only")
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="before transformers 5 settings of FSDP have other names"
+)
+def test_fully_sharded_is_one_process(tmp_path):
+    ranks = start_two_ranks(tmp_path, "on_sharded_ranks")
+    for name in (*SHARDED_RUNS, "loop"):
+        alone = sharded_loop(alone=True) if name == "loop" else sharded_run(tmp_path / "alone", name, alone=True)
+        assert len(alone["history"]) == {"plain": 0, "measured": 5, "SAM": 5, "loop": 3}.get(name, 3)
+        for found in ranks:
+            assert found[name]["kind"] == "DTensor"
+            assert found[name]["weights"] == pytest.approx(alone["weights"], rel=1e-10, abs=1e-12)
+            for one, other in zip(found[name]["history"], alone["history"], strict=True):
+                one[3].pop("surrogate_gap", None), other[3].pop("surrogate_gap", None)
+                assert one[:3] == pytest.approx(other[:3], rel=1e-10)
+                assert one[3] == pytest.approx(other[3], rel=1e-10)
+    for found in ranks:
+        assert found["measured"]["weights"] == found["plain"]["weights"]
+        assert found["measured"]["rng"] == found["plain"]["rng"]
 
 
 # --- what is there

@@ -16,15 +16,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, TensorDataset
 
 pytest.importorskip("lightning.pytorch", reason="needs the extra [lightning]")
 
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision import MixedPrecision as FabricMixedPrecision
+from lightning.fabric.strategies import ModelParallelStrategy as FabricModelParallelStrategy
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from sharpness_adapters.fabric import FabricSharpnessCallback, backward, batches, sam_step
 from sharpness_adapters.lightning import (
@@ -36,7 +40,7 @@ from sharpness_adapters.lightning import (
     total_steps,
     training_step_loss,
 )
-from sharpness_plugins import measure_sharpness
+from sharpness_plugins import distributed, measure_sharpness
 from sharpness_plugins.controller import BatchController
 from sharpness_plugins.errors import LoaderError, LossRuleError, PluginWarning, UnknownNameError
 from sharpness_plugins.noise_scale import NoiseScaleMeter
@@ -953,6 +957,150 @@ def test_all_three_at_once():
     assert torch.equal(weights(model), weights(twin))
 
 
+# --- weights in parts
+
+TRAINS_SHARDS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 7)  # on the CPU
+SHARDED_RUNS = ("plain", "measured", "SAM", "accumulated", "sizes", "all")
+
+
+class ShardedNet(Net):
+    """Lightning's sanity check leaves the weights of its outer group gathered."""
+
+    def configure_model(self):
+        if not any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.net[0], mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+
+
+def callbacks_and_settings(name):
+    sam = [SAMCallback(0.1)] * (name in ("SAM", "accumulated", "all"))
+    sizes = [BatchSizeCallback("0:8 1ep:32 3ep:16")] * (name in ("sizes", "all"))
+    extra = {"accumulate_grad_batches": 2} if name == "accumulated" else {"gradient_clip_val": 0.1}
+    return [*([measuring(num_samples=48)] * (name != "plain")), *sam, *sizes], extra
+
+
+def sharded_run(name, rank):
+    """``rank`` None: one process with the whole batches."""
+    callbacks, settings = callbacks_and_settings(name)
+    data = (InOrderOfRanks if rank is None else Data)(validation=True)
+    data.data = TensorDataset(data.data.tensors[0].double(), data.data.tensors[1])
+    if rank is None:
+        model = Net().double()
+    else:
+        model = ShardedNet().double()
+        data.batch_size = 8 if name in ("sizes", "all") else 4
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+        settings |= {"devices": 2, "strategy": strategy}
+    fit(model, data, callbacks, epochs=4, **settings)
+    whole = [distributed.whole(parameter.detach()).flatten() for parameter in model.parameters()]
+    history = callbacks[0].monitor.history if callbacks else []
+    return {
+        "weights": torch.cat(whole).tolist(),
+        "rng": torch.get_rng_state().sum().item(),
+        "history": [[made.step, made.samples, made.loss, dict(made.values)] for made in history],
+    }
+
+
+def sharded_on_fabric(rank, sam):
+    settings = {"accelerator": "cpu", "callbacks": [callback := fabric_callback(num_samples=16)]}
+    plain = Net().double()
+    if rank is not None:
+        settings |= {
+            "devices": 2,
+            "strategy": FabricModelParallelStrategy(
+                lambda module, mesh: fully_shard(module, mesh=mesh["data_parallel"]),
+                data_parallel_size=2,
+                tensor_parallel_size=1,
+                process_group_backend="gloo",
+            ),
+        }
+    fabric = Fabric(**settings)
+    fabric.launch()
+    model = fabric.setup(plain.net)
+    optimizer = fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    inputs, targets = dataset().tensors
+    for index, rows in enumerate(torch.arange(96).split(16)):
+        batch = inputs[rows].double(), targets[rows]
+        fabric.call("on_train_batch_start", batch, index)
+        mine = [part if rank is None else part[rank::2] for part in batch]
+
+        def closure(mine=mine):
+            loss = nn.functional.cross_entropy(model(mine[0]), mine[1])
+            fabric.backward(loss)
+            return loss
+
+        optimizer.zero_grad()
+        sam_step(optimizer, closure, 0.1, module=model) if sam else (closure(), optimizer.step())
+    whole = [distributed.whole(parameter.detach()).flatten() for parameter in plain.net.parameters()]
+    values = [[made.step, made.loss, dict(made.values)] for made in callback.monitor.history]
+    return {"weights": torch.cat(whole).tolist(), "values": values}
+
+
+SHARDED_SCRIPT = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+import warnings
+from test_adapter_lightning import *
+warnings.simplefilter("ignore")
+child = os.fork()  # before any thread; so that Lightning is imported once
+rank = 0 if child else 1
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+out = {name: sharded_run(name, rank) for name in SHARDED_RUNS}
+out |= {f"Fabric {sam}": sharded_on_fabric(rank, sam) for sam in (False, True)}
+try:
+    fit(ShardedNet(), Data(), [measuring(noise_scale=True)], devices=2, strategy=ModelParallelStrategy(2, 1, True, "gloo"))
+except ValueError as error:
+    out["noise"] = str(error)
+with open(sys.argv[2] + os.environ["RANK"], "w") as file:
+    json.dump(out, file)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def sharded_ranks(tmp_path_factory):
+    return on_two_ranks(tmp_path_factory.mktemp("sharded"), SHARDED_SCRIPT)
+
+
+@pytest.mark.skipif(not TRAINS_SHARDS, reason="torch 2.6 trains fully_shard on accelerators only")
+@pytest.mark.parametrize("name", SHARDED_RUNS)
+def test_fully_sharded_is_one_process(sharded_ranks, name):
+    alone = sharded_run(name, None)
+    for found in sharded_ranks:
+        assert found[name]["weights"] == pytest.approx(alone["weights"], rel=1e-10, abs=1e-12)
+        assert [made[:2] for made in found[name]["history"]] == [made[:2] for made in alone["history"]]
+        for one, other in zip(found[name]["history"], alone["history"], strict=True):
+            assert one[2] == pytest.approx(other[2], rel=1e-10)
+            assert one[3] == pytest.approx(other[3], rel=1e-10)
+        assert found["measured"]["weights"] == found["plain"]["weights"]
+        assert found["measured"]["rng"] == found["plain"]["rng"]
+    if name != "plain":
+        assert len(alone["history"]) > 3
+        assert "gradient_norm" in alone["history"][-1][3]
+
+
+@pytest.mark.skipif(not TRAINS_SHARDS, reason="torch 2.6 trains fully_shard on accelerators only")
+@pytest.mark.parametrize("sam", [False, True])
+def test_fully_sharded_on_fabric_is_one_process(sharded_ranks, sam):
+    alone = sharded_on_fabric(None, sam)
+    assert [step for step, *_ in alone["values"]] == [1, 3, 6]
+    assert set(alone["values"][0][2]) == {"hessian_topk", "gradient_norm"} | ({"surrogate_gap"} if sam else set())
+    for found in sharded_ranks:
+        assert found[f"Fabric {sam}"]["weights"] == pytest.approx(alone["weights"], rel=1e-10, abs=1e-12)
+        for one, other in zip(found[f"Fabric {sam}"]["values"], alone["values"], strict=True):
+            assert one[:2] == pytest.approx(other[:2], rel=1e-10)
+            assert one[2] == pytest.approx(other[2], rel=1e-10)
+
+
+@pytest.mark.skipif(not TRAINS_SHARDS, reason="torch 2.6 trains fully_shard on accelerators only")
+def test_the_noise_of_sharded_gradients_is_refused(sharded_ranks):
+    assert all("sharded over the ranks (FSDP)" in found["noise"] for found in sharded_ranks)
+
+
 # --- refused in words
 
 
@@ -974,13 +1122,19 @@ def test_what_cannot_work_is_refused():
     for callback in (SAMCallback(), BatchSizeCallback("8")):
         with pytest.raises(ValueError, match="automatic optimization"):
             fit(model, Data(), [callback])
-    for name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
+    for name in ("FSDPStrategy", "DeepSpeedStrategy"):
         for callback in (SharpnessCallback(METRIC), SAMCallback(), BatchSizeCallback("8")):
             trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
             trainer.strategy.__class__ = type(name, (type(trainer.strategy),), {})  # the real ones begin on GPUs only
             what = type(callback).__name__
-            with pytest.raises(ValueError, match=rf"^{what} does not work with {name}, .* DistributedDataParallel$"):
+            with pytest.raises(ValueError, match=rf"^{what} does not work with {name}, .* fully_shard \(FSDP2\)$"):
                 callback.setup(trainer, model, "fit")
+        automatic = SharpnessCallback(METRIC)
+        automatic.is_optional = True
+        with pytest.warns(PluginWarning, match=f"no sharpness is measured: ValueError: SharpnessCallback .* {name}"):
+            automatic.setup(trainer, model, "fit")
+        automatic.on_train_start(trainer, model)
+        assert automatic.monitor is None
     with pytest.raises(TypeError, match=r"Import Trainer and LightningModule from lightning\.pytorch"):
         SharpnessCallback().setup(object(), model, "fit")
 
@@ -995,6 +1149,7 @@ torch.set_num_threads(1)
 import warnings
 from test_adapter_lightning import *
 from torch.utils.data import SequentialSampler
+from sharpness_plugins.errors import RemoteFailureError
 warnings.simplefilter("ignore")
 child = os.fork()  # before any thread; so that Lightning is imported once
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if child else "1"
@@ -1040,6 +1195,17 @@ out["fabric"] = {
        for name, one in (("history", given), ("shown", shown))},
     "sam": weights(fabric_run(sam=0.2, clip=0.1, devices=2)[0]).tolist(),
 }
+for name in ("optional", "asked for"):
+    broken = measuring(probe=iter(()) if os.environ["RANK"] == "1" else None)
+    broken.is_optional = name == "optional"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PluginWarning)
+        try:
+            found = run(name, [broken], epochs=1)
+        except (LoaderError, RemoteFailureError) as error:
+            found = out[name] = {"error": f"{type(error).__name__}: {error}"}
+    found["said"] = [str(one.message) for one in caught if issubclass(one.category, PluginWarning)]
+run("alone", [], epochs=1)
 with open(sys.argv[2] + os.environ["RANK"], "w") as file:
     json.dump(out, file)
 if child:
@@ -1053,17 +1219,20 @@ def free_port():
         return one.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def on_two_ranks(folder, script):
     """What two gloo ranks found, started as torchrun starts them."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "script.py").write_text(SCRIPT)
+    (folder / "script.py").write_text(script)
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(folder / "script.py"), str(Path(__file__).parent), str(folder / "out")]
     told = subprocess.run(command, env={**os.environ, **common}, capture_output=True, text=True, timeout=120)
     assert told.returncode == 0, told.stderr[-3000:]
     return [json.loads((folder / f"out{rank}").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return on_two_ranks(tmp_path_factory.mktemp("ranks"), SCRIPT)
 
 
 @pytest.mark.parametrize("name", ["three", "two", "rules", "accumulate", "shared", "timed", "noise", "bf16", "fp16"])
@@ -1076,6 +1245,16 @@ def test_two_ranks_stay_one_model(ranks, name):
 def test_two_ranks_measure_without_a_trace(ranks):
     assert ranks[0]["three"]["weights"] == ranks[0]["two"]["weights"]
     assert ranks[0]["three"]["rng"] == ranks[0]["two"]["rng"]
+
+
+def test_what_one_rank_cannot_draw_ends_measuring_on_both_and_training_only_where_it_was_asked_for(ranks):
+    cause = "LoaderError: a tuple_iterator has no data set that could be read beside training"
+    for found, start in zip(ranks, (f"RemoteFailureError: rank 1 failed: {cause}", cause), strict=True):
+        (said,) = found["optional"]["said"]
+        assert said.startswith(f"no sharpness is measured: {start}")
+        assert found["optional"]["steps"] == found["alone"]["steps"] == 6
+        assert found["optional"]["weights"] == found["alone"]["weights"]
+        assert found["asked for"]["error"].startswith(start)
 
 
 def test_two_ranks_tell_the_noise_with_one_micro_batch_each(ranks):

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import multiprocessing as mp
+import re
 import warnings
 from pathlib import Path
 
@@ -14,13 +15,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from sharpness_adapters.plain import attach
 from sharpness_plugins import measure_sharpness
-from sharpness_plugins.errors import LoaderError, MeasurementWarning, UnknownNameError
+from sharpness_plugins.errors import LoaderError, MeasurementWarning, RemoteFailureError, UnknownNameError
+from sharpness_plugins.metrics import EpsilonBox, HessianTopK
 from sharpness_plugins.noise_scale import NoiseScaleMeter
-from sharpness_plugins.optimizers import SAM, SharpnessAware
+from sharpness_plugins.optimizers import GSAM, SAM, SharpnessAware
 from sharpness_plugins.report import MetricResult
 
 NUM_SAMPLES = 100
@@ -661,25 +663,24 @@ def test_a_metric_of_the_name_of_an_automatic_signal_is_the_users():
     assert run.history[-1].loss_rule == "loss_fn loss_fn"
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_sharded_model_is_refused_by_name(version):
+@pytest.mark.parametrize("way", ["FSDP1", "tensor parallelism (DTensor)"])
+def test_a_model_sharded_in_another_way_is_refused_by_name(way):
     import torch.distributed as dist
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of one rank alone
-            mesh = dist.init_device_mesh("cpu", (1,))
             net = Triples()
-            net = (
-                fully_shard(net, mesh=mesh) if version == 2 else FullyShardedDataParallel(net, device_id=torch.device("cpu"))
-            )
+            if way == "FSDP1":
+                net = FullyShardedDataParallel(net, device_id=torch.device("cpu"))
+            else:
+                net = parallelize_module(net, dist.init_device_mesh("cpu", (1,)), {"layers.0": ColwiseParallel()})
         optimizer, loader = torch.optim.SGD(net.parameters(), lr=0.1), DataLoader(Indexed(), batch_size=50)
-        with (
-            pytest.raises(ValueError, match=r"^attach does not work with FSDP, .* with DistributedDataParallel$"),
-            attach(net, optimizer, loader, loss_fn=loss_fn),
-        ):
+        told = rf"^attach does not work with {re.escape(way)}, .* or with fully_shard \(FSDP2\)$"
+        with pytest.raises(ValueError, match=told), attach(net, optimizer, loader, loss_fn=loss_fn):
             pass
     finally:
         dist.destroy_process_group()
@@ -785,6 +786,11 @@ def on_rank(rank: int, world_size: int, folder: str) -> None:
             epochs = [epoch(wrapped, optimizer, loader) for _ in range(2)]
         history = [(made.step, made.samples, made.loss, made.values["slope"]) for made in run.history]
         told = {"epochs": epochs, "history": history, "weights": model.layers[0].weight.tolist()}
+        try:
+            with attach(wrapped, optimizer, loader if rank == 0 else {"no data set": 0}, **COMMON):
+                pass
+        except (LoaderError, RemoteFailureError) as error:
+            told["broken"] = f"{type(error).__name__}: {error}"
         Path(folder, f"{rank}.json").write_text(json.dumps(told))
         torch.distributed.barrier()
     finally:
@@ -792,21 +798,118 @@ def on_rank(rank: int, world_size: int, folder: str) -> None:
 
 
 def test_two_ranks_share_the_batches_and_measure_the_same_at_the_same_steps(tmp_path):
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo"])
-    processes = [context.Process(target=on_rank, args=(rank, 2, str(tmp_path))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    first, second = run_on_two(on_rank, tmp_path)
     for one, other in zip(first["epochs"], second["epochs"], strict=True):
         assert [len(indices) for indices in one] == [len(indices) for indices in other]
         assert flat([*one, *other]) == list(range(NUM_SAMPLES))
     assert [len(indices) for seen in first["epochs"] for indices in seen] == [5] * 10 + [25] * 2
     assert first["weights"] == second["weights"]
+    assert second["broken"].startswith("LoaderError: a dict has no data set")
+    assert first["broken"] == f"RemoteFailureError: rank 1 failed: {second['broken']}"
     assert [step for step, *_ in first["history"]] == [step for step, *_ in second["history"]]
     assert first["history"], "nothing was measured"
     assert all(samples == (10 * step if step <= 10 else 100 + 50 * (step - 10)) for step, samples, *_ in first["history"])
     assert (tmp_path / "run.csv").read_text().count("\n") == 1 + len(first["history"])
+
+
+# --- weights in parts
+
+TRAINS_SHARDS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 7)  # on the CPU
+SAMPLES_SHARDED = 60
+SHARDED_STEPS = {"AdamW": [1, 4, 5, 8, 10, 12, 15], "GSAM": [1, 4, 5, 8, 10, 12, 15], "schedule": [1, 4, 5, 8, 8, 11]}
+
+
+def sharded_run(rank: int | None, how: str, *, attached: bool) -> dict:
+    """Three epochs with AdamW; ``rank`` None: the whole batches in one process.
+
+    Rank ``r`` has rows ``r``, ``r + 2``, ... of each batch of 12, so that the mean of the ranks' gradients is the batch's.
+    A schedule shares batches of the one loader out by itself.
+    """
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    if rank is not None:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model[0])
+        fully_shard(list(model[2:]), reshard_after_forward=False)
+        fully_shard(model)
+    data = Indexed(SAMPLES_SHARDED)
+    mine, size = (slice(None), 12) if rank is None or how == "schedule" else (slice(rank, None, 2), 6)
+    order = [i for at in range(0, SAMPLES_SHARDED, 12) for i in range(at, at + 12)[mine]]
+    loader = DataLoader(TensorDataset(data.inputs[order].double(), data.targets[order]), batch_size=size)
+    base = torch.optim.AdamW(model.parameters(), lr=0.02)
+    optimizer = SharpnessAware(base, GSAM(), rho=0.1, model=model) if how == "GSAM" else base
+    probe = list(zip(data.inputs.double().split(20), data.targets.split(20), strict=True))
+    metrics = {"top": HessianTopK(k=1), "slope": slope, "box": EpsilonBox(maximizer="lbfgsb_published")}
+    settings = {"metrics": metrics if attached else (), "every": "4 steps", "probe": probe, "budget": None}
+    if how == "schedule":
+        settings["schedule"] = "0:12 1ep:24"
+    with contextlib.ExitStack() as stack:
+        attaches = attached or how == "schedule"
+        run = stack.enter_context(attach(model, optimizer, loader, **settings)) if attaches else None
+        for _ in range(3):
+            for inputs, targets in loader:
+
+                def closure(inputs=inputs, targets=targets):
+                    loss = functional.cross_entropy(model(inputs), targets)
+                    loss.backward()
+                    return loss
+
+                if how == "GSAM":
+                    optimizer.step(closure)
+                else:
+                    closure()
+                    optimizer.step()
+                optimizer.zero_grad()
+            with torch.no_grad():
+                model(data.inputs.double())  # what is left gathered after a pass without a backward is measured, too
+            if run is not None:
+                run.measure()
+    parameters = [getattr(one.data, "full_tensor", lambda one=one: one.data)() for one in model.parameters()]
+    return {
+        "weights": torch.cat([one.flatten() for one in parameters]).tolist(),
+        "rng": torch.get_rng_state().sum().item(),
+        "history": [] if run is None else [[made.step, made.samples, made.loss, dict(made.values)] for made in run.history],
+        "notes": [] if run is None else [dict(made.notes) for made in run.history],
+    }
+
+
+def on_sharded_rank(rank: int, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    try:
+        found = {how: [sharded_run(rank, how, attached=attached) for attached in (False, True)] for how in SHARDED_STEPS}
+        Path(folder, f"{rank}.json").write_text(json.dumps(found))
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def run_on_two(target, folder) -> list[dict]:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo"])
+    processes = [context.Process(target=target, args=(rank, 2, str(folder))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.skipif(not TRAINS_SHARDS, reason="torch 2.6 trains fully_shard on accelerators only")
+def test_fully_sharded_training_is_measured_as_one_process_and_trains_as_if_it_were_not(tmp_path):
+    ranks = run_on_two(on_sharded_rank, tmp_path)
+    for how, steps in SHARDED_STEPS.items():
+        alone = sharded_run(None, how, attached=True)
+        assert [step for step, *_ in alone["history"]] == steps
+        signals = {"gradient_norm", "surrogate_gap"} if how == "GSAM" else {"gradient_norm"}
+        assert set(alone["history"][0][3]) == {"top", "slope", "box"} | signals
+        for plain, measured in (found[how] for found in ranks):
+            assert measured["weights"] == plain["weights"]
+            assert measured["rng"] == plain["rng"]
+            assert measured["weights"] == pytest.approx(alone["weights"], rel=1e-9, abs=1e-12)
+            assert measured["notes"] == [{}] * len(steps)
+            for found, expected in zip(measured["history"], alone["history"], strict=True):
+                assert found[:3] == pytest.approx(expected[:3], rel=1e-10)
+                assert found[3] == pytest.approx(expected[3], rel=1e-10)

@@ -16,6 +16,7 @@ from oracles import preserved_rng
 from sharpness_plugins import memory
 from sharpness_plugins.batches import count_samples, map_tensors, tensors_of
 from sharpness_plugins.errors import LoaderError, MeasurementWarning
+from sharpness_plugins.memory import MemoryBudget
 from sharpness_plugins.source import BatchSource
 
 CPU = torch.device("cpu")
@@ -441,12 +442,86 @@ def test_the_default_cache_is_a_part_of_the_free_memory():
     assert 0 < BatchSource([torch.zeros(1)], device=CPU).budget <= 4 * 2**30
 
 
-def test_free_memory_is_what_the_system_calls_available(tmp_path, monkeypatch):
-    file = tmp_path / "meminfo"
-    file.write_text("MemTotal:  64000 kB\nMemFree:     10 kB\nMemAvailable:   48000 kB\n")
-    monkeypatch.setattr(memory, "_MEMINFO", file)
-    assert memory.free_bytes(CPU) == 48000 * 1024
+@pytest.fixture
+def system(tmp_path, monkeypatch):
+    """48 million bytes and a few available, no control groups, one rank."""
+    (tmp_path / "meminfo").write_text("MemTotal:  64000 kB\nMemFree:     10 kB\nMemAvailable:   48000 kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "own")
+    for name in memory._RANKS_HERE:
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+AVAILABLE = 48000 * 1024
+
+
+def test_free_memory_is_what_the_system_calls_available(system):
+    assert memory.free_bytes(CPU) == AVAILABLE
     assert memory.free_bytes(torch.device("meta")) is None
+
+
+def control_group(folder, version: int, limit: object, used: int, cached: int) -> None:
+    names = ("memory.max", "memory.current", "inactive_file") if version == 2 else VERSION_ONE
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon {used - cached}\n{names[2]} {cached}\nslab 7\n")
+
+
+VERSION_ONE = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+NO_LIMIT = {1: 9223372036854771712, 2: "max"}
+OWN = {1: "12:cpuset:/\n5:hugetlb,memory:/docker/abc\n1:name=systemd:/\n", 2: "0::/docker/abc\n"}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ({"docker/abc": (30_000_000, 11_000_000, 1_000_000)}, 20_000_000),
+        ({"docker/abc": (90_000_000, 11_000_000, 1_000_000)}, AVAILABLE),  # the host has less
+        ({"docker/abc": (None, 11_000_000, 0)}, AVAILABLE),
+        ({"docker/abc": (None, 5, 0), "docker": (7_000_000, 2_000_000, 0)}, 5_000_000),  # of the group around it
+        ({"": (6_000_000, 2_000_000, 0)}, 4_000_000),  # a container that sees itself at the root
+        ({"docker/abc": (6_000_000, 6_500_000, 0)}, 0),
+        ({}, AVAILABLE),
+    ],
+)
+def test_free_memory_is_what_the_limit_of_a_container_leaves(system, version, groups, expected):
+    (system / "own").write_text(OWN[version])
+    root = system / "cgroup" / ("memory" if version == 1 else "")
+    for path, (limit, used, cached) in groups.items():
+        control_group(root / path, version, NO_LIMIT[version] if limit is None else limit, used, cached)
+    control_group(system / "cgroup" / "elsewhere", version, 1, 0, 0)
+    assert memory.free_bytes(CPU) == expected
+
+
+def test_a_host_with_both_versions_has_the_second_beside_the_first(system):
+    (system / "own").write_text(OWN[1] + OWN[2])
+    control_group(system / "cgroup" / "unified" / "docker" / "abc", 2, 3_000_000, 0, 0)
+    control_group(system / "cgroup" / "memory" / "docker" / "abc", 1, 9_000_000, 0, 0)
+    assert memory.free_bytes(CPU) == 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("size", "environment", "parts"),
+    [
+        (1, {"LOCAL_WORLD_SIZE": "4"}, 1),  # left over from who started this process
+        (8, {"LOCAL_WORLD_SIZE": "4"}, 4),
+        (8, {"SLURM_NTASKS_PER_NODE": "2"}, 2),
+        (8, {"LOCAL_WORLD_SIZE": "nonsense", "OMPI_COMM_WORLD_LOCAL_SIZE": "0", "MPI_LOCALNRANKS": "2"}, 2),
+        (3, {"LOCAL_WORLD_SIZE": "4"}, 3),
+        (3, {}, 3),
+    ],
+)
+def test_free_memory_of_a_host_is_shared_by_the_ranks_on_it(system, monkeypatch, size, environment, parts):
+    monkeypatch.setattr(memory.distributed, "world_size", lambda: size)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert memory.free_bytes(CPU) == AVAILABLE // parts
+    assert MemoryBudget(None, device=CPU, vector_bytes=1).total == AVAILABLE // parts // 2
+    assert MemoryBudget("1MB", device=CPU, vector_bytes=1).total == 1_000_000  # what is asked for is for each rank
 
 
 @pytest.mark.parametrize("max_samples", [1, 3, 5, 6, 7, 10, 99])

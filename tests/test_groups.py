@@ -19,7 +19,7 @@ from sharpness_plugins.objective import Objective
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of four ranks found."""
     folder = tmp_path_factory.mktemp("groups") / "four"
-    processes = rank_checks.start(4, folder, list(group_checks.CHECKS), module="group_checks")
+    processes = rank_checks.start(4, folder, list(group_checks.CHECKS), checks="group_checks")
     for process in processes:
         process.join(timeout=240)
     assert [process.exitcode for process in processes] == [0] * 4

@@ -124,6 +124,95 @@ def test_a_stopped_maximizer_returns_the_best_point_that_it_saw(problem, maximiz
     assert "lower bound" in result.status.message
 
 
+@pytest.mark.parametrize("values", [2, 3, 6])
+def test_a_box_that_is_stopped_among_its_starts_has_the_best_of_those(problem, values, monkeypatch):
+    seen = []
+    evaluate = Objective.value
+
+    def watched(self, perturbation=None):
+        value = evaluate(self, perturbation)
+        seen.extend([value] * (perturbation is not None))  # not that of the trained weights, before the metrics
+        if len(seen) == values:
+            signal.raise_signal(signal.SIGINT)
+        return value
+
+    monkeypatch.setattr(Objective, "value", watched)
+    with pytest.warns(MeasurementWarning, match="stopped by Ctrl-C"):
+        report = measure_sharpness(problem.model, problem.loader(13, 27), EpsilonBox(epsilon=0.1, sketch_samples=10))
+    result = report["epsilon_box"]
+    assert result.status.kind is Kind.INTERRUPTED
+    assert len(seen) == values
+    assert result.details["max_loss"] == max(seen)
+    assert result.value == pytest.approx(100 * (max(seen) - report.loss) / (1 + report.loss))
+    assert result.value > 0
+    assert f"lower bound: the best of the starts tried until then ({values})" in result.status.message
+    assert result.details["gradients_in_solver"] == 0
+
+
+def test_a_box_that_is_stopped_before_its_solver_has_a_gradient_has_the_best_of_its_starts(problem, monkeypatch):
+    seen = []
+    evaluate = Objective.value
+
+    def watched(self, perturbation=None):
+        seen.append(evaluate(self, perturbation))
+        return seen[-1]
+
+    def stopped(self, perturbation=None):
+        signal.raise_signal(signal.SIGINT)
+        stopping.check()
+
+    monkeypatch.setattr(Objective, "value", watched)
+    monkeypatch.setattr(Objective, "value_and_grad", stopped)
+    with pytest.warns(MeasurementWarning, match="stopped by Ctrl-C"):
+        report = measure_sharpness(problem.model, problem.loader(13, 27), EpsilonBox(epsilon=0.1, sketch_samples=10))
+    assert report["epsilon_box"].details["max_loss"] == max(seen)
+    assert len(seen) > 6
+
+
+def test_a_box_that_is_stopped_below_a_start_that_it_has_not_come_to_has_that_start(problem, monkeypatch):
+    """Pairs of classes come first, whatever single ones promise."""
+    values, gradients = [], []
+    evaluate, differentiate = Objective.value, Objective.value_and_grad
+
+    def promising(self, perturbation=None):
+        values.append(evaluate(self, perturbation) + 5.0 * (perturbation is not None and len(values) == 1))
+        return values[-1]
+
+    def stopping_after_one(self, perturbation=None):
+        value, gradient = differentiate(self, perturbation)  # which says that it was stopped, the next time
+        gradients.append(value)
+        signal.raise_signal(signal.SIGINT)
+        return value, gradient
+
+    monkeypatch.setattr(Objective, "value", promising)
+    monkeypatch.setattr(Objective, "value_and_grad", stopping_after_one)
+    with pytest.warns(MeasurementWarning, match="stopped by Ctrl-C"):
+        report = measure_sharpness(problem.model, problem.loader(13, 27), EpsilonBox(epsilon=0.1, sketch_samples=10))
+    result = report["epsilon_box"]
+    assert result.details["max_loss"] == values[1] > gradients[0]
+    assert "then stopped, below the best of the starts tried, class" in result.status.message
+    assert len(result.details["start_values"]) == result.details["gradients_in_solver"] == 1
+    assert SharpnessReport.from_json(report.to_json())["epsilon_box"].value == result.value
+
+
+def test_a_box_whose_starts_go_down_is_bounded_by_the_trained_weights(problem, monkeypatch):
+    evaluate = Objective.value
+
+    def falling(self, perturbation=None):
+        if perturbation is None:
+            return evaluate(self)
+        stopping.check()
+        signal.raise_signal(signal.SIGINT)
+        return self.loss - 0.5
+
+    monkeypatch.setattr(Objective, "value", falling)
+    with pytest.warns(MeasurementWarning, match="stopped by Ctrl-C"):
+        report = measure_sharpness(problem.model, problem.loader(13, 27), EpsilonBox(epsilon=0.1, sketch_samples=10))
+    result = report["epsilon_box"]
+    assert (result.value, result.details["max_loss"], result.details["perturbation_norm"]) == (0.0, report.loss, 0.0)
+    assert "lower bound: no start tried until then (1) lies above the trained weights" in result.status.message
+
+
 def test_a_metric_that_has_nothing_yet_is_not_measured(problem):
     for metric, batches in ((EpsilonBox(max_targets=0), 1), (HessianTopK(), 1), (HessianTrace(), 31)):
         (result,) = stopped_in(problem, metric, metric.name, batches).values()
@@ -143,6 +232,25 @@ def test_a_stopped_trace_is_the_mean_over_its_probes(problem):
     assert result.standard_error > 0
     assert abs(result.value - exact) < 6 * result.standard_error
     assert fewer.details["num_probes"] == 15
+
+
+@pytest.mark.parametrize(
+    ("method", "products", "said"),
+    [
+        ("hutch++", 14, "Hutchinson's estimate by 10 products that were to find the range, 14 made"),
+        ("hutch++", 25, "Hutch++ with 5 of 10 probes, 25 made"),
+        ("xtrace", 14, "Hutchinson's estimate by 14 products that were to find the range, 14 made"),
+        ("xtrace", 26, "XTrace with 11 of 15 test vectors, 26 made"),
+    ],
+)
+def test_a_stopped_trace_by_a_low_rank_says_what_it_is(problem, method, products, said):
+    metric = HessianTrace(num_matvecs=30, method=method)
+    result = stopped_in(problem, metric, "hessian_trace", 2 * products + 1)["hessian_trace"]
+    assert result.status.kind is Kind.INTERRUPTED
+    assert said in result.status.message
+    assert result.cost.hvps == result.details["num_matvecs"] == products
+    assert result.standard_error > 0
+    assert abs(result.value - problem.dense_hessian().trace().item()) < 6 * result.standard_error
 
 
 def test_a_stopped_subspace_is_the_mean_over_its_draws(problem):

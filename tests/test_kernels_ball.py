@@ -65,6 +65,29 @@ def test_full_share_lands_on_the_maximizer_of_the_linear_function(weighted):
     assert abs(again[BallStatistic.GAP].item()) < 1e-12
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_parts_of_vectors_step_as_the_whole_with_its_norm(weighted):
+    check_parts(weighted, PIECE + 10)
+
+
+def check_parts(weighted: bool, cut: int) -> None:
+    """Cut in three: the second part has nothing in it, the third a gradient of zeros, which moves nevertheless."""
+    y, g, t = problem(cut + 30, torch.float64)
+    g[cut:] = 0
+    whole, square = poisoned(y), ((g * t if weighted else g) ** 2).sum()
+    expected = ball.ball_step(whole, y, g, t if weighted else None, RHO, 0.3)
+    found = torch.zeros_like(expected)
+    for part in (slice(0, cut), slice(cut, cut), slice(cut, None)):
+        out = poisoned(y[part])
+        told = ball.ball_step(out, y[part], g[part], t[part] if weighted else None, RHO, 0.3, square)
+        torch.testing.assert_close(out, whole[part], rtol=1e-13, atol=1e-18)
+        if len(out):
+            assert told[BallStatistic.SLOPE].item() == pytest.approx(expected[BallStatistic.SLOPE].item(), rel=1e-13)
+        found += told
+    others = [BallStatistic.GAP, BallStatistic.DISTANCE, BallStatistic.NORM]
+    torch.testing.assert_close(found[others], expected[others], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("gradient", [0.0, torch.nan, torch.inf])
 def test_without_a_finite_norm_it_stays(gradient):
     y = problem(100, torch.float32)[0]
@@ -178,6 +201,11 @@ def case_without_a_finite_norm_it_stays(gradient):
     g[3] = gradient
     ball.ball_step(out, y, g, None, RHO, 0.7)
     assert torch.equal(out, y)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def case_parts_of_vectors_step_as_the_whole_with_its_norm(weighted):
+    check_parts(weighted, 3000)
 
 
 @harness.needs_triton

@@ -142,6 +142,17 @@ def test_batch_norm_has_the_statistics_of_one_process(told, size):
         assert answer["left"] == rank  # the model's own stay
 
 
+def test_synchronized_batch_norm_is_measured_with_its_running_statistics_only(told):
+    objective = Objective(rank_checks.network(norm=True), rank_checks.whole(), criterion=rank_checks.CRITERION)
+    expected = rank_checks.evaluated(objective)
+    for answer in of(told, 2, "synchronized_statistics"):
+        assert answer["kind"] == "SyncBatchNorm"
+        assert answer["refused"].startswith("ValueError: batch_norm='batch' with SyncBatchNorm on several ranks: its stat")
+        close(answer["numbers"], expected["numbers"])
+        for found, vector in zip(answer["vectors"], expected["vectors"], strict=True):
+            close(found, vector)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_a_batch_whose_pieces_have_another_loss_is_not_cut(told, size):
     objective = Objective(rank_checks.network(), rank_checks.whole(), loss_fn=rank_checks.spread)
@@ -316,6 +327,10 @@ def test_a_fully_sharded_model_trains_on_as_if_it_had_not_been_measured(told):
         assert answer["values"]["hessian_topk"] == pytest.approx(expected, rel=1e-10)
         assert answer["values"]["preconditioned_topk"] == answers[0]["values"]["preconditioned_topk"] > 0
         assert answer["failed"] == "rank 1 failed: KeyError: 'boom 1'"
+        # weights that a pass left gathered, in bfloat16, are measured as they are trained, in float32
+        assert answer["gathered"] > 0
+        assert len(set(answer["losses"])) == 1
+        assert answer["gradients"]
 
 
 def test_other_ways_of_sharding_are_refused_by_name(told):

@@ -34,7 +34,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
     found = {}
     for size, names in ((2, stop_checks.IN_PROCESS), (4, ON_FOUR)):
         folder = tmp_path_factory.mktemp("stopped") / str(size)
-        processes = rank_checks.start(size, folder, names, module="stop_checks")
+        processes = rank_checks.start(size, folder, names, checks="stop_checks")
         for process in processes:
             process.join(timeout=400)
         assert [process.exitcode for process in processes] == [0] * size
@@ -95,7 +95,7 @@ def test_the_clock_of_the_first_rank_counts(told):
 
 def start_one(tmp_path: Path, size: int, name: str) -> tuple[list[Any], Path]:
     folder = tmp_path / f"{name} {len(list(tmp_path.iterdir()))}"
-    return rank_checks.start(size, folder, [name], module="stop_checks", timeout=20.0), folder
+    return rank_checks.start(size, folder, [name], checks="stop_checks", timeout=20.0), folder
 
 
 def end(processes: list[Any]) -> list[int | None]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import oracles
-from sharpness_plugins import sampling
+from sharpness_plugins import MeasurementStopped, sampling
 from sharpness_plugins.krylov import LanczosRequest
 from sharpness_plugins.lanczos import lanczos
 from sharpness_plugins.traces import Estimate, Probes, hutch_pp, mean_of, on_sphere, signs, xtrace
@@ -219,3 +219,72 @@ def test_signs_are_signs():
 def test_too_few_products_are_refused(method, fewest):
     with pytest.raises(ValueError, match=f"at least {fewest} products, got {fewest - 1}"):
         method(lambda v: v, torch.zeros(5, dtype=F64), fewest - 1, rng(0))
+
+
+def stopping_after(matrix: torch.Tensor, products: int):
+    """A product that never comes back from its ``products + 1``-th call."""
+    made: list[torch.Tensor] = []
+
+    def matvec(v: torch.Tensor) -> torch.Tensor:
+        if len(made) == products:
+            raise MeasurementStopped
+        made.append(v)
+        return matrix @ v
+
+    return matvec
+
+
+def by_hand(matrix: torch.Tensor, omegas: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([omega @ matrix @ omega for omega in omegas])
+
+
+@pytest.mark.parametrize("products", [2, 5, 10, 14, 20, 21, 22, 29])  # 10 for the range, 10 for its trace, 10 probes
+def test_a_stopped_hutch_pp_is_what_its_products_tell(products):
+    matrix, like, g = network_like(), torch.zeros(DIM, dtype=F64), rng(3)
+    found = hutch_pp(stopping_after(matrix, products), like, 30, rng(3))
+    omegas = [signs(like, g) for _ in range(10)]
+    if products < 22:
+        expected, offset = by_hand(matrix, omegas[:products]), 0.0
+        assert found.instead.startswith(f"Hutchinson's estimate by {min(products, 10)} products")
+    else:
+        q, _ = torch.linalg.qr(torch.stack([matrix @ omega for omega in omegas], dim=1))
+        probes = [v - q @ (q.T @ v) for v in (signs(like, g) for _ in range(products - 20))]
+        expected, offset = by_hand(matrix, probes), (q.T @ matrix @ q).trace().item()
+        assert found.instead == f"Hutch++ with {products - 20} of 10 probes"
+    assert found.value == pytest.approx(offset + expected.mean().item(), rel=1e-9)
+    assert found.standard_error == pytest.approx(expected.std().item() / len(expected) ** 0.5, rel=1e-7)
+    assert found.degrees == len(expected) - 1
+
+
+@pytest.mark.parametrize("products", [2, 9, 15, 22, 23, 27, 29])  # 15 for the range, 15 for the matrix on it
+def test_a_stopped_xtrace_is_that_of_fewer_test_vectors_or_hutchinsons(products):
+    matrix, like, g = network_like(), torch.zeros(DIM, dtype=F64), rng(3)
+    found = xtrace(stopping_after(matrix, products), like, 30, rng(3))
+    if products < 23:
+        expected = by_hand(matrix, [on_sphere(like, g) for _ in range(min(products, 15))])
+        assert found.value == pytest.approx(expected.mean().item(), rel=1e-9)
+        assert found.standard_error == pytest.approx(expected.std().item() / len(expected) ** 0.5, rel=1e-7)
+        assert found.instead.startswith(f"Hutchinson's estimate by {min(products, 15)} products")
+    else:
+        expected = xtrace(lambda v: matrix @ v, like, 2 * (products - 15), rng(3))
+        assert found.value == pytest.approx(expected.value, rel=1e-9)
+        assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-7)
+        assert found.instead == f"XTrace with {products - 15} of 15 test vectors"
+
+
+@pytest.mark.parametrize("products", [0, 1])
+@pytest.mark.parametrize("method", [hutch_pp, xtrace])
+def test_a_run_that_is_stopped_before_it_has_an_error_bar_has_no_number(method, products):
+    with pytest.raises(MeasurementStopped):
+        method(stopping_after(network_like(), products), torch.zeros(DIM, dtype=F64), 30, rng(0))
+
+
+@pytest.mark.parametrize("method", [hutch_pp, xtrace])
+def test_an_exhausted_range_whose_trace_was_not_finished_is_not_called_exact(method):
+    matrix = oracles.with_spectrum(torch.tensor([5.0, 3.0] + [0.0] * (DIM - 2), dtype=F64))
+    like = torch.zeros(DIM, dtype=F64)
+    whole = method(lambda v: matrix @ v, like, 30, rng(0))
+    assert whole.value == pytest.approx(8.0, rel=1e-10)
+    found = method(stopping_after(matrix, 4), like, 30, rng(0))  # 3 products find the range
+    assert found.instead.startswith("Hutchinson's estimate by 3 products")
+    assert found.standard_error > 0

@@ -35,6 +35,7 @@ class FabricSharpnessCallback(Monitoring):
 
     Every rank measures at the same steps; the values go to Fabric's loggers, and stay in ``monitor.history``. With them go
     ``gradient_norm``, the norm of the gradient that the last step took, and after ``sam_step`` its ``surrogate_gap``.
+    Where the strategy shards the module before it has an optimizer, write ``module = fabric.setup(module)``.
 
     Args:
         every: as for ``SharpnessMonitor``. Steps that a ``GradScaler`` skips do not count. Epochs are those that
@@ -55,7 +56,7 @@ class FabricSharpnessCallback(Monitoring):
         self._batches: list[Any] = []
 
     def on_after_setup(self, fabric: Any, module: nn.Module) -> None:
-        """Called by ``fabric.setup``; of several modules the first is measured."""
+        """Called by ``fabric.setup``; of several modules the first is measured. ``fabric.setup_module`` calls nothing."""
         if self._module is not None:
             return
         self._fabric, self._module = fabric, module
@@ -63,7 +64,11 @@ class FabricSharpnessCallback(Monitoring):
         handle = register_optimizer_step_post_hook(lambda optimizer, *_: (note := held()) and note(optimizer))
         weakref.finalize(self, handle.remove)
         if self.probe is not None:
-            self._begin(probe_batches(self.probe, self.num_samples, seed=self.seed))
+            with distributed.resolve_ranks("auto").sharing(
+                "drawing the probe"
+            ):  # what one rank cannot, the others must know
+                probe = probe_batches(self.probe, self.num_samples, seed=self.seed)
+            self._begin(probe)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int = 0) -> None:
         size = float(count_samples(batch) or 1)
@@ -113,7 +118,7 @@ class FabricSharpnessCallback(Monitoring):
     def _begin(self, probe: list[Any]) -> None:
         assert self._module is not None
         module, _ = unwrap(self._module)
-        signals = {"gradient_norm": gradient_norm(module.parameters()), "surrogate_gap": self._gap}
+        signals = {"gradient_norm": gradient_norm(module), "surrogate_gap": self._gap}
         self.monitor = self._make_monitor(module, probe, self._log, signals)
         self._batches = []
         self._restore()

@@ -109,7 +109,8 @@ def attach(
         coupling, scheduler, on_change: as for ``BatchController``.
     Raises:
         LoaderError: a loader whose batch size cannot be changed; one that no probe can be drawn from.
-        UnknownNameError, ValueError, TypeError: bad settings, before anything is touched; a sharded model (FSDP).
+        UnknownNameError, ValueError, TypeError: bad settings, before anything is touched; a model of FSDP1, DeepSpeed or
+            tensor parallelism.
     """
     if probe is loader:
         raise ValueError("the probe is the training loader, which measuring would disturb. Leave it out, or pass another")
@@ -128,9 +129,10 @@ def attach(
         signals = {name: read for name, read in _free_signals(model, optimizer).items() if name not in chosen}
     if probe is None and (measures or (wish is not None and wish.signals)):
         known = None if wish is None else sizes(wish)  # the largest batch fits, and small ones are slow
-        probe = probe_batches(
-            loader, probe_samples, seed=seed, batch_size=known and max(1, known[1] // distributed.world_size())
-        )
+        with distributed.resolve_ranks("auto").sharing("drawing the probe"):  # what one rank cannot, the others must know
+            probe = probe_batches(
+                loader, probe_samples, seed=seed, batch_size=known and max(1, known[1] // distributed.world_size())
+            )
     optimizer = _stepping(optimizer)
     monitor = SharpnessMonitor(
         model,
@@ -194,8 +196,13 @@ def _free_signals(model: nn.Module, optimizer: Any) -> dict[str, Reading]:
     """What training shows by itself: the norm of the last step's gradient, of the first where it is sharpness-aware."""
     aware = getattr(optimizer, "optimizer", optimizer)
     if isinstance(aware, SharpnessAware):
-        return {"gradient_norm": lambda: aware.gradient_norm, "surrogate_gap": lambda: aware.surrogate_gap}
-    return {"gradient_norm": gradient_norm(optimizer if isinstance(optimizer, Optimizer) else model.parameters())}
+        return {"gradient_norm": lambda: aware.gradient_norm, "surrogate_gap": lambda: _over_ranks(aware.surrogate_gap)}
+    return {"gradient_norm": gradient_norm(optimizer if isinstance(optimizer, Optimizer) else model)}
+
+
+def _over_ranks(value: float | None) -> float | None:
+    """The mean; every rank asks at the same step."""
+    return None if value is None else distributed.sum_of(value) / distributed.world_size()
 
 
 def _become(thing: object, kind: type) -> None:

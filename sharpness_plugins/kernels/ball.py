@@ -32,7 +32,13 @@ class BallStatistic(IntEnum):
 
 
 def ball_step(
-    out: Tensor, perturbation: Tensor, gradient: Tensor, weight: Tensor | None, rho: Tensor | float, share: Tensor | float
+    out: Tensor,
+    perturbation: Tensor,
+    gradient: Tensor,
+    weight: Tensor | None,
+    rho: Tensor | float,
+    share: Tensor | float,
+    square: Tensor | None = None,
 ) -> Tensor:
     """Go the ``share`` of the way from ``perturbation`` to ``v = rho·T²g / ‖Tg‖``, which maximizes ``<g, ·>`` in the ball.
 
@@ -42,6 +48,8 @@ def ball_step(
     Args:
         out: where to write; may be ``perturbation``.
         weight: T, positive; None for 1.
+        square: ``‖Tg‖²``, one element, float64, where the vectors are parts of longer ones; then ``SLOPE`` is of the
+            whole, the other statistics are of the part, and the first pass falls away.
     Returns:
         The statistics, shape ``(4,)``, float64, indexed by :class:`BallStatistic`.
     Raises:
@@ -51,7 +59,8 @@ def ball_step(
     if weight is not None:
         vectors.check_vectors(out=out, weight=weight)
     rho, share = vectors.scalar(rho, out), vectors.scalar(share, out)
-    result: Tensor = _step(out, perturbation, gradient, weight, rho, share)
+    square = None if square is None else square.detach().to(out.device, torch.float64).reshape(1)
+    result: Tensor = _step(out, perturbation, gradient, weight, rho, share, square)
     return result
 
 
@@ -82,10 +91,16 @@ def _norm(gradient: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _step_reference(
-    out: Tensor, perturbation: Tensor, gradient: Tensor, weight: Tensor | None, rho: Tensor, share: Tensor
+    out: Tensor,
+    perturbation: Tensor,
+    gradient: Tensor,
+    weight: Tensor | None,
+    rho: Tensor,
+    share: Tensor,
+    square: Tensor | None = None,
 ) -> Tensor:
     dtype, device = vectors.arithmetic_dtype(gradient.dtype), gradient.device
-    norm = _norm(gradient, weight)
+    norm = _norm(gradient, weight) if square is None else square[0].sqrt()
     moves = (norm > 0).logical_and_(norm < math.inf)
     on_host = device.type == "cpu"  # where to ask costs nothing, and torch.where as much as eight products
     scale = (rho.double() / norm).to(dtype)
@@ -124,7 +139,8 @@ def _project_reference(perturbation: Tensor, rho: Tensor) -> Tensor:
 
 _step = Operation(
     "ball_step",
-    "(Tensor(a!) out, Tensor perturbation, Tensor gradient, Tensor? weight, Tensor rho, Tensor share) -> Tensor",
+    "(Tensor(a!) out, Tensor perturbation, Tensor gradient, Tensor? weight, Tensor rho, Tensor share, "
+    "Tensor? square=None) -> Tensor",
     _step_reference,
     launcher="ball_triton:ball_step",
     mutates=("out",),

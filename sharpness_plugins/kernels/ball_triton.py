@@ -118,9 +118,15 @@ def _squares(gradient: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def ball_step(
-    out: Tensor, perturbation: Tensor, gradient: Tensor, weight: Tensor | None, rho: Tensor, share: Tensor
+    out: Tensor,
+    perturbation: Tensor,
+    gradient: Tensor,
+    weight: Tensor | None,
+    rho: Tensor,
+    share: Tensor,
+    square: Tensor | None = None,
 ) -> Tensor:
-    squares = _squares(gradient, weight)
+    squares = _squares(gradient, weight) if square is None else square
     programs = blocks.count(gradient)
     partials = blocks.partial_sums(len(BallStatistic), programs, gradient.device)
     dispatch.launch(

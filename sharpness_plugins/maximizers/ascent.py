@@ -146,7 +146,7 @@ class AlongGradient:
 
     def unit(self, climb: Climb) -> float:
         slope = climb.region.vertex_step(None, climb.y, climb.gradient).slope
-        return climb.y.numel() / (2 * slope) if slope > 0 else 1.0
+        return climb.region.layout.length(climb.y) / (2 * slope) if slope > 0 else 1.0
 
     def step(self, climb: Climb, length: float, previous: Tensor | None = None, momentum: float = 1.0) -> float:
         told = climb.region.projected_step(climb.next, climb.y, previous, climb.gradient, length, momentum, signed=False)
@@ -359,7 +359,7 @@ class Ascent:
         y = region.project(start).contiguous()
         if y.data_ptr() == start.data_ptr():
             y = y.clone()
-        from_zero = not start.any()
+        from_zero = inside.layout.everywhere(not start.any())
         del start  # a vector less, where the caller has let go of it
         evaluations = Evaluations(fn, self.max_gradients)
         climb = Climb(evaluations, inside, y, *evaluations(y))

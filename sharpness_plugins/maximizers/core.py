@@ -65,6 +65,9 @@ class Maximizer(Protocol):
     def maximize(self, fn: ValueAndGrad, region: Region, start: Tensor, proposals: Proposals = ()) -> Maximum:
         """Maximize ``fn`` over ``region`` from ``start`` and, where the solver uses several starts, ``proposals``.
 
+        Where the region says that vectors lie in shards (``region.layout``), each rank has its shard of all vectors, and
+        all of them must evaluate the same points: what the solver decides on may be known of whole vectors only.
+
         Args:
             fn: ``e -> (f(e), gradient)``, shapes ``(dim,)``; a value that is not finite counts as no ascent. The solver
                 goes on to use the memory of e: keep a copy, if any. It raises ``MeasurementStopped`` when the measurement is
@@ -122,11 +125,12 @@ class BestSoFar:
     def maximize(self, fn: ValueAndGrad, region: Region, start: Tensor, proposals: Proposals = ()) -> Maximum:
         """See ``Maximizer``."""
         best: list[tuple[float, Tensor, Tensor]] = []
-        seen = Evaluations(fn, budget=0)
+        seen, layout = Evaluations(fn, budget=0), stepped(region).layout
 
         def watched(e: Tensor) -> tuple[float, Tensor]:
             value, gradient = seen(e)
-            if bool(torch.isfinite(gradient).all()) and (not best or value > best[0][0]) and region.contains(e):
+            is_higher = not best or value > best[0][0]
+            if is_higher and layout.everywhere(bool(torch.isfinite(gradient).all())) and region.contains(e):
                 best[:] = [(value, e.clone(), gradient.clone())]
             return value, gradient
 

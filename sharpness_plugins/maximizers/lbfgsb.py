@@ -48,10 +48,16 @@ class LBFGSB:
         """See ``Maximizer``; ``region`` must be a ``Box``, ``proposals`` are not used.
 
         Raises:
+            TypeError: the region is no box, or its vectors lie in shards.
             ValueError: the problem is so large that SciPy's 32-bit workspace index would overflow.
         """
         if not isinstance(region, Box):
             raise TypeError(f"LBFGSB maximizes over a Box, got a {type(region).__name__}")
+        if not region.layout.is_whole:
+            raise TypeError(
+                "LBFGSB runs SciPy on whole vectors, and those of this measurement lie in shards over the ranks. Use the "
+                "default maximizer, 'sign_frank_wolfe', or 'apgd' or 'spectral_projected_gradient'."
+            )
         largest = (2**31 - 1 - 11 * self._PAIRS**2) // (2 * self._PAIRS + 5)
         if start.numel() > largest:
             raise ValueError(

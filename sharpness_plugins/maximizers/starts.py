@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import steps
 from ..errors import MeasurementStopped
-from ..regions import Region
+from ..regions import Region, stepped
 from ..report import Kind, Status
 from .ascent import AlongSign, Ascent, Halving
 from .core import Maximizer, Maximum, Proposals, ValueAndGrad
@@ -86,7 +86,7 @@ class MultiStart:
             search.begin(*proposal)
             if search.used >= _RACE or search.is_rough:
                 break
-        name = "start" if start.any() else "zero"
+        name = "zero" if stepped(region).layout.everywhere(not start.any()) else "start"
         if not search.has_started:
             search.begin(name, park(start, region))
         if self.fallback is not None and search.is_rough and not search.arrives():

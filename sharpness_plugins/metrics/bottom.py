@@ -51,6 +51,7 @@ class HessianBottom:
     hvp: str | None = None
 
     name: ClassVar[str] = "hessian_bottom"
+    works_on_shards: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_types(self)

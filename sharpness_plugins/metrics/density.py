@@ -57,6 +57,7 @@ class SpectralDensity:
     hvp: str | None = None
 
     name: ClassVar[str] = "spectral_density"
+    works_on_shards: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -132,6 +132,7 @@ class AdaptiveTopK(_TopKMetric):
     hvp: str | None = None
 
     name: ClassVar[str] = "adaptive_topk"
+    works_on_shards: ClassVar[bool] = True
 
     def _curvature(self) -> Curvature:
         return Curvature("hessian", self.select, True, self.hvp)

@@ -10,14 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import reductions, steps
+from .. import steps
+from ..errors import MeasurementStopped
 from ..expected import ExpectedWork, Range
 from ..krylov_pass import expected_trial
 from ..lanczos import basis_of_use
-from ..maximizers import Maximizer, MultiStart, from_tree, park, to_tree, unpark
+from ..layout import Layout
+from ..maximizers import Maximizer, Maximum, MultiStart, Parked, from_tree, park, to_tree, unpark
 from ..objective import Objective
 from ..regions import Box
-from ..report import MetricResult, Status
+from ..report import Kind, MetricResult, Status
 from ..schema import check_types
 from . import keskar, starts
 from .claims import OF_THE_BOX
@@ -62,6 +64,7 @@ class EpsilonBox:
     eigenvectors: int = 0
 
     name: ClassVar[str] = "epsilon_box"
+    works_on_shards: ClassVar[bool] = True
     invariances: ClassVar[frozenset[str]] = OF_THE_BOX
 
     def __post_init__(self) -> None:
@@ -99,18 +102,33 @@ class EpsilonBox:
 
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
         keskar.check_loss(objective.loss)
-        box = Box.keskar(objective.origin, self.epsilon)
-        proposals, spent = self._starts(objective, box, rng)
-        maximum = keskar.maximize(self.maximizer, objective.value_and_grad, box, rng, proposals, spent=spent)
+        layout = objective.layout
+        box = Box.keskar(objective.origin, self.epsilon, layout=layout)
+        tried = starts.Tried()
+        try:
+            proposals, spent = self._starts(objective, box, rng, tried)
+            maximum = keskar.maximize(self.maximizer, objective.value_and_grad, box, rng, proposals, spent=spent)
+        except MeasurementStopped:
+            if tried.point is None:
+                raise
+            maximum = _best_tried(tried, tried.point, box, objective.loss)
+        if maximum.stopped and tried.point is not None and tried.value > maximum.value:
+            said = f"{maximum.status.message}, below the best of the starts tried, {tried.name}"
+            maximum = maximum._replace(
+                perturbation=unpark(tried.point, box),
+                value=tried.value,
+                status=Status(Kind.LOWER_BOUND, said),
+                gap=math.nan,
+            )
         e = maximum.perturbation
         value = keskar.sharpness(maximum.value, objective.loss)
         at_bound = box.share_at_bound(e)
-        moved = reductions.norm(e).item()
+        moved = layout.norm(e).item()
         message = (
             f"{maximum.status.message}; {100 * at_bound:.0f} % of the coordinates at the bound, "
             f"the weights moved by {moved:.3g}{keskar.passed_over(maximum.non_finite)}"
         )
-        lost = _lost_in_rounding(objective.origin, e)
+        lost = _lost_in_rounding(objective.origin, e, moved, layout)
         if lost > _TOO_MUCH_LOST:
             message += (
                 f"; {objective.origin.dtype} rounds {100 * lost:.2g} % of that step away, so the value is as uncertain: "
@@ -122,6 +140,7 @@ class EpsilonBox:
                 for name, v in zip(maximum.start_names, maximum.start_values, strict=True)
             )
             message += f"; reached from {reached}"
+        half_width = box.half_width
         return MetricResult(
             value=value,
             status=Status(maximum.status.kind, message),
@@ -134,34 +153,46 @@ class EpsilonBox:
                 "share_at_bound": at_bound,
                 "perturbation_norm": moved,
                 "step_lost_in_rounding": lost,
-                "box_norm": reductions.norm(box.half_width).item(),
-                "largest_half_width": box.half_width.max().item(),
+                "box_norm": layout.norm(half_width).item(),
+                "largest_half_width": layout.largest(half_width.max().item() if len(half_width) else 0.0),
             },
         )
 
-    def _starts(self, objective: Objective, box: Box, rng: torch.Generator) -> tuple[Starts, int]:
+    def _starts(self, objective: Objective, box: Box, rng: torch.Generator, tried: starts.Tried) -> tuple[Starts, int]:
         """The starts, and the gradients that it took to choose them, rounded up."""
         if not keskar.uses_proposals(self.maximizer):
             return iter(()), 0
         scope = steps.child("starts")
-        chosen, spent = scope.run(lambda: self._chosen(objective, box, rng), generator=rng)
+        chosen, spent = scope.run(lambda: self._chosen(objective, box, rng, tried), generator=rng)
         parked = [(name, from_tree(point, box.anchor)) for name, point in chosen]
         return ((name, unpark(point, box)) for name, point in parked if point is not None), math.ceil(spent)
 
-    def _chosen(self, objective: Objective, box: Box, rng: torch.Generator) -> tuple[list[Any], float]:
+    def _chosen(self, objective: Objective, box: Box, rng: torch.Generator, tried: starts.Tried) -> tuple[list[Any], float]:
         """Names and parked points, as a tree, and the gradients that they took."""
         before = objective.cost.gradients
         chosen = [
             (name, to_tree(park(point, box)))
             for name, point in itertools.chain(
                 starts.eigenvector_starts(objective, box, rng, self.eigenvectors),
-                starts.targeted_starts(objective, box, rng, self.max_targets, self.sketch_samples),
+                starts.targeted_starts(objective, box, rng, self.max_targets, self.sketch_samples, tried),
             )
         ]
         return chosen, objective.cost.gradients - before
 
 
-def _lost_in_rounding(origin: Tensor, perturbation: Tensor) -> float:
-    """``‖((w + e) - w) - e‖ / ‖e‖``: what the dtype of the weights cannot hold of the step."""
-    length = reductions.norm(perturbation).item()
-    return reductions.norm((origin + perturbation) - origin - perturbation).item() / length if length else 0.0
+def _best_tried(tried: starts.Tried, point: Parked, box: Box, loss: float) -> Maximum:
+    """Of the points that were to become starts, and the trained weights, where the solver has not evaluated any."""
+    said = f"the best of the starts tried until then ({tried.count})"
+    perturbation, value, name = unpark(point, box), tried.value, tried.name
+    if value < loss:
+        said = f"no start tried until then ({tried.count}) lies above the trained weights"
+        perturbation, value, name = torch.zeros_like(perturbation), loss, "zero"
+    status = Status(Kind.LOWER_BOUND, said)
+    return Maximum(
+        perturbation, value, 0, status, start_values=(value,), start_names=(name,), start_gradients=(0,), stopped=True
+    )
+
+
+def _lost_in_rounding(origin: Tensor, perturbation: Tensor, length: float, layout: Layout) -> float:
+    """``‖((w + e) - w) - e‖ / ‖e‖``: what the dtype of the weights cannot hold of the step, which is ``length`` long."""
+    return layout.norm((origin + perturbation) - origin - perturbation).item() / length if length else 0.0

@@ -62,6 +62,7 @@ class HessianTopK:
     select: str | tuple[str, ...] | None = None
 
     name: ClassVar[str] = "hessian_topk"
+    works_on_shards: ClassVar[bool] = True
     invariances: ClassVar[frozenset[str]] = of_curvature(adaptive=False)
 
     def __post_init__(self) -> None:

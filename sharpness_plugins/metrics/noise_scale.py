@@ -49,6 +49,12 @@ class GradientNoiseScale:
     ``details`` holds ``gradient_variance`` (``S``), ``gradient_norm_squared`` (``|G|²``), their standard errors, Fieller's
     ``interval``, and with ``inner_product`` the ``inner_product_noise`` ``GᵀΣG/|G|⁴``, in samples, with its error.
 
+    Numbers do not depend on the batching, the order or the ranks; of more than 128 groups, the errors do. They need the mean
+    of ``(d_i · d_j)²`` over pairs of groups, and pairs are made of those whose gradients are in memory together: all pairs
+    of ``k`` groups would take ``k / 128`` times the work, and a random sketch, which adds up over ranks, would be less
+    accurate for it. Measured with 12 batchings and orders of 300 to 1797 digits on networks before, in and after training:
+    errors differ by .02 to 2 % (root mean square), and by up to 13 % where hardly any gradient is left.
+
     Args:
         micro_batch_size: None for single samples. Larger ones are cheaper where samples cannot be vectorized, take
             consecutive samples, whose order must be random, and know ``S`` less well: relative error about

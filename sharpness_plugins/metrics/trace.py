@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ..expected import NOTHING, ExpectedWork, Range
 from ..krylov_pass import KrylovNeed, KrylovPass, expected_trial, measure_alone, probes_beside
@@ -77,17 +78,25 @@ class _TraceMetric(ABC):
     def __call__(self, objective: Objective, rng: torch.Generator) -> MetricResult:
         if self.method == "deflated":
             return measure_alone(self, objective, rng)
-        operator, layers = self._curvature().on(objective), {}
+        operator, layers, made = self._curvature().on(objective), {}, 0
+
+        def matvec(vector: Tensor) -> Tensor:
+            nonlocal made
+            product = operator.matvec(vector)
+            made += 1
+            return product
+
         with operator.session():
             if self.method == "hutchinson":
-                probes = Probes(operator.matvec, operator.like, rng, blocks=operator.blocks)
+                probes = Probes(matvec, operator.like, rng, blocks=operator.blocks, layout=operator.layout)
                 estimate, layers = probes.trace(self.num_matvecs), probes.traces_of_blocks(self.num_matvecs)
             else:
                 run = {"hutch++": hutch_pp, "xtrace": xtrace}[self.method]
-                estimate = run(operator.matvec, operator.like, self.num_matvecs, rng, memory=operator.memory)
+                estimate = run(matvec, operator.like, self.num_matvecs, rng, memory=operator.memory, layout=operator.layout)
         low, high = estimate.interval()
-        said = f"{self.method} with {self.num_matvecs} products, {operator.how()}; 95 % interval [{low:.4g}, {high:.4g}]"
-        return _result(operator, estimate, layers, said, {"num_matvecs": self.num_matvecs, "hvp_mode": operator.how()})
+        what = f"{estimate.instead}, {made} made" if estimate.instead else f"{self.method} with {made} products"
+        said = f"{what}, {operator.how()}; 95 % interval [{low:.4g}, {high:.4g}]"
+        return _result(operator, estimate, layers, said, {"num_matvecs": made, "hvp_mode": operator.how()})
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,7 @@ class HessianTrace(_TraceMetric):
     hvp: str | None = None
 
     name: ClassVar[str] = "hessian_trace"
+    works_on_shards: ClassVar[bool] = True
 
     def _curvature(self) -> Curvature:
         return Curvature("hessian", self.select, self.adaptive, self.hvp)
@@ -177,6 +187,7 @@ class HessianFrobenius:
     hvp: str | None = None
 
     name: ClassVar[str] = "hessian_frobenius"
+    works_on_shards: ClassVar[bool] = True
 
     @property
     def invariances(self) -> frozenset[str]:

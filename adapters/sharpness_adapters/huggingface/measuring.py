@@ -52,7 +52,7 @@ class SharpnessCallback(Attachable):
     Attributes:
         monitor: the ``SharpnessMonitor``; None before training.
     Raises:
-        ValueError: DeepSpeed or FSDP, which hold no whole weights.
+        ValueError: DeepSpeed or FSDP1, whose weights cannot be gathered here.
     """
 
     def __init__(
@@ -104,7 +104,10 @@ class SharpnessCallback(Attachable):
         settings, loader = self._settings, kwargs["train_dataloader"]
         probe = settings["probe"]
         if probe is None:
-            probe = probe_batches(loader, settings["num_samples"], seed=settings["seed"])
+            with distributed.resolve_ranks("auto").sharing(
+                "drawing the probe"
+            ):  # what one rank cannot, the others must know
+                probe = probe_batches(loader, settings["num_samples"], seed=settings["seed"])
         sinks: list[Sink] = [self._log, *settings["sinks"]] if state.is_world_process_zero else [self._log]
         metrics = resolve_metrics(settings["metrics"])
         free = {name: read for name, read in self._free_signals().items() if name not in metrics}

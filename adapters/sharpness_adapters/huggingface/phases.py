@@ -40,7 +40,7 @@ def train_in_phases(
     Returns:
         a ``TrainOutput`` per phase.
     Raises:
-        ValueError: signals; ``max_steps``, or a part of an epoch; DeepSpeed or FSDP; data without a length.
+        ValueError: signals; ``max_steps``, or a part of an epoch; DeepSpeed or FSDP1; data without a length.
     """
     args, wish = trainer.args, as_schedule(schedule)
     refuse_engines(trainer, "train_in_phases")

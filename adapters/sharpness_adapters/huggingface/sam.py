@@ -38,7 +38,7 @@ class SAMCallback(Attachable):
     Cost: a forward and a backward pass per ascent, beside Trainer's own, so two per step for ``momentum_sam`` and
         ``random_sam``, too, which need no first one.
     Raises:
-        ValueError: from ``attach``, with DeepSpeed or FSDP, which hold no whole gradient then.
+        ValueError: from ``attach``, with DeepSpeed or FSDP1, which hold no whole gradient then.
     """
 
     def __init__(

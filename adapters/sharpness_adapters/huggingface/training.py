@@ -22,11 +22,13 @@ __all__ = ["catch_up", "innermost", "refuse_engines", "shift", "stop", "take_mea
 def refuse_engines(trainer: Any, what: str) -> None:
     """
     Raises:
-        ValueError: DeepSpeed or FSDP.
+        ValueError: DeepSpeed, or FSDP in its first version.
     """
-    for engine, name in (("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")):
-        if getattr(trainer, engine, False):
-            raise ValueError(sentence(name, what))
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        raise ValueError(sentence("DeepSpeed", what))
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if getattr(trainer, "is_fsdp_enabled", False) and getattr(plugin, "fsdp_version", 1) != 2:
+        raise ValueError(sentence("FSDP1", what))
 
 
 def innermost(optimizer: Any) -> Any:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from sharpness_plugins import distributed
 from sharpness_plugins.errors import PluginWarning
 from sharpness_plugins.monitor import Measurement, SharpnessMonitor, gradient_norm
 from sharpness_plugins.schedules import Progress
@@ -49,14 +50,15 @@ class SharpnessCallback(Monitoring, Callback):
         prefix: of the names that are logged, which also tells two of these callbacks apart in a checkpoint.
     Attributes:
         monitor: the ``SharpnessMonitor``; None before training.
-        is_optional: of an automatic one: a training loader that no probe can be drawn from is a warning only, and it stands
-            aside where the user has a ``SharpnessCallback``.
+        is_optional: of an automatic one: a training loader that no probe can be drawn from, or a strategy that cannot be
+            measured, is a warning only, and it stands aside where the user has a ``SharpnessCallback``.
     """
 
     def __init__(self, *args: Any, noise_scale: bool = False, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.noise_scale = noise_scale
         self.is_optional = False
+        self._is_left_out = False
         self._groups = Groups()
         self._noise: NoiseWatch | None = None
         self._in_hand = (0, 0.0)
@@ -67,10 +69,21 @@ class SharpnessCallback(Monitoring, Callback):
 
     def _stands_aside(self, trainer: Any) -> bool:
         given = [one for one in trainer.callbacks if isinstance(one, SharpnessCallback) and not one.is_optional]
-        return self.is_optional and bool(given)
+        return self._is_left_out or (self.is_optional and bool(given))
+
+    def _leave_out(self, error: Exception) -> None:
+        """Nothing is measured, of an automatic one; the error of another goes on."""
+        if not self.is_optional:
+            raise error
+        self._is_left_out = True
+        warnings.warn(f"no sharpness is measured: {type(error).__name__}: {error}", PluginWarning, stacklevel=3)
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        check_trainer(self, trainer, steps=self.noise_scale and stage == "fit")
+        self._is_left_out = False
+        try:
+            check_trainer(self, trainer, steps=self.noise_scale and stage == "fit")
+        except ValueError as error:
+            self._leave_out(error)
         for callback in trainer.callbacks:
             if isinstance(callback, BatchSizeCallback):
                 callback.watches_noise |= self.noise_scale
@@ -86,9 +99,7 @@ class SharpnessCallback(Monitoring, Callback):
         try:
             self.monitor = self._monitor(trainer, pl_module, trainer.train_dataloader)
         except Exception as error:
-            if not self.is_optional:
-                raise
-            warnings.warn(f"no sharpness is measured: {type(error).__name__}: {error}", PluginWarning, stacklevel=2)
+            self._leave_out(error)
             return
         if self._saved is not None:
             self.monitor.load_state_dict(self._saved["monitor"])
@@ -142,11 +153,14 @@ class SharpnessCallback(Monitoring, Callback):
         self._saved = dict(state_dict) or None
 
     def _monitor(self, trainer: Any, module: LightningModule, loader: Any) -> SharpnessMonitor:
-        probe = transferred_probe(trainer, module, loader if self.probe is None else self.probe, self.num_samples, self.seed)
-        signals = _free_signals(trainer, module)
-        if (noise := self._noise) is not None:
-            signals[NOISE] = lambda: noise.signal(trainer.global_step, round(self._groups.samples))
-        return self._make_monitor(module, probe, _LoggerSink(trainer, self.prefix), signals)
+        """What fails on one rank fails on all of them, which would wait for it in the first measurement."""
+        with distributed.resolve_ranks("auto").sharing("drawing the probe"):
+            given = loader if self.probe is None else self.probe
+            probe = transferred_probe(trainer, module, given, self.num_samples, self.seed)
+            signals = _free_signals(trainer, module)
+            if (noise := self._noise) is not None:
+                signals[NOISE] = lambda: noise.signal(trainer.global_step, round(self._groups.samples))
+            return self._make_monitor(module, probe, _LoggerSink(trainer, self.prefix), signals)
 
     def _measure_if_due(self, trainer: Any, epoch: float) -> None:
         assert self.monitor is not None
@@ -181,7 +195,7 @@ class _LoggerSink:
 
 def _free_signals(trainer: Any, module: LightningModule) -> dict[str, Any]:
     """Of training and of the other callbacks, at no cost."""
-    found: dict[str, Any] = {"gradient_norm": gradient_norm(module.parameters())}
+    found: dict[str, Any] = {"gradient_norm": gradient_norm(module)}
     for callback in trainer.callbacks:
         if isinstance(callback, SAMCallback):
             found["surrogate_gap"] = callback.gap_over_ranks

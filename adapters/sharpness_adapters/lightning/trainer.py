@@ -11,7 +11,7 @@ from sharpness_plugins.batches import count_samples
 
 from ..sharded import sentence
 
-SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
+SHARDED = ("DeepSpeedStrategy", "FSDPStrategy")
 __all__ = ["Groups", "check_trainer", "epoch_after", "is_last_of_group", "samples_of", "scale_of", "scaler_of"]
 
 
