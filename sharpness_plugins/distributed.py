@@ -404,7 +404,9 @@ class Ranks:
             MemoryRanOut: of some rank.
             RemoteFailureError, RanksApartError, LostRankError: as ``sharing``.
         """
-        rows = self._rows(_STEP, 0, [0.0] if step is None else [1.0, *step], (), None, flag=_FULL if memory_ran_out else _OK)
+        asks, flag = [0.0] if step is None else [1.0, *step], _FULL if memory_ran_out else _OK
+        with self.in_one_piece():
+            rows = self._rows(_STEP, 0, asks, (), None, flag=flag)
         flags, asked = rows[:, 2], rows[rows[:, _VALUES] == 1, _VALUES:]
         together = bool((rows[:, 0] == rows[0, 0]).all())
         if together and bool((flags == _FULL).any()):
