@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from . import metrics, optimizers, schedules
     from .controller import BatchChange, BatchController
     from .create import create_optimizer
+    from .distributed import RanksOf
     from .errors import (
         DuplicateNameError,
         LoaderError,
@@ -68,6 +69,7 @@ __all__ = [
     "Kind",
     "Cost",
     "Objective",
+    "RanksOf",
     "metrics",
     "metric",
     "available_metrics",
@@ -113,6 +115,7 @@ __all__ = [
 _HOME = {
     "measure_sharpness": "measure",
     "Objective": "objective",
+    "RanksOf": "distributed",
     **dict.fromkeys(("ExpectedWork", "Range"), "expected"),
     **dict.fromkeys(("MeasurementPlan", "plan_measurement"), "planning"),
     "probe_batches": "probe",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed, sampling
+from . import sampling
 from .batches import Batch, rows_of
 from .distributed import Ranks
 from .errors import LossRuleError, RanksApartError
@@ -51,8 +51,9 @@ def on_weights(space: ParameterSpace, ranks: Ranks) -> list[str]:
     different = [name for name in buffers if any(other[2].get(name) != found[0][2].get(name) for other in found)]
     if not different:
         return []
-    space.set_buffers(distributed.from_rank_zero({name: space.buffers[name].cpu() for name in different}))
-    return [f"{len(different)} buffers (such as {different[0]!r}) differ between the ranks, and those of rank 0 were used"]
+    space.set_buffers(ranks.of(0, {name: space.buffers[name].cpu() for name in different}))
+    many = f"{len(different)} buffers (such as {different[0]!r})"
+    return [f"{many} differ between the ranks, and those of rank {ranks.members[0]} were used"]
 
 
 def on_rule(rule: LossRule | None, ranks: Ranks) -> LossRule:

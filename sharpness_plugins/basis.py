@@ -71,6 +71,11 @@ class Basis:
     def nbytes(self) -> int:
         return self._rows.numel() * self._rows.element_size()
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether other ranks have other parts of its vectors."""
+        return not self._ranks.is_alone
+
     def state(self, filled: int) -> Tensor:
         """The first rows as they are kept; a view."""
         return self._rows[:filled]

@@ -8,12 +8,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pickle
+import signal
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch.distributed
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .errors import LostRankError, RanksApartError, RemoteFailureError
 
@@ -21,6 +26,8 @@ __all__ = [
     "RANKS",
     "MemoryRanOut",
     "Ranks",
+    "RanksLike",
+    "RanksOf",
     "Shared",
     "Step",
     "from_rank_zero",
@@ -42,7 +49,13 @@ __all__ = [
 
 RANKS = ("auto", "same data", "own data", "alone")
 
+RanksLike: TypeAlias = "str | RanksOf | torch.distributed.ProcessGroup | DeviceMesh | Ranks"
+
 _NUMBERS = 4  # that an evaluation may sum beside its vector
+_SPEAKERS = 2
+_SAID = 3  # a column of a meeting's table, as those that follow
+_POINTS = _SAID + 2 * _SPEAKERS
+_VALUES = _POINTS + 4
 _CLOSING = "the end"
 _APART = 1e-4  # of the sum of magnitudes: points that differ by more are other points, not other rounding
 _OK, _FAILED, _LEFT, _FULL = 0.0, 1.0, 2.0, 3.0
@@ -146,13 +159,33 @@ def _reduced(number: float) -> float:
     return sum_over_ranks(torch.tensor(number, dtype=torch.float64, device=_device())).item()
 
 
-def _device() -> torch.device:
+def _device(group: Any = None) -> torch.device:
     """Where the group takes numbers from."""
-    return torch.device("cuda", torch.cuda.current_device()) if _needs_cuda() else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if _needs_cuda(group) else torch.device("cpu")
 
 
-def _needs_cuda() -> bool:
-    return torch.distributed.get_backend() == "nccl" and "cpu:" not in torch.distributed.get_backend_config()
+def _needs_cuda(group: Any = None) -> bool:
+    backend, config = torch.distributed.get_backend(group), torch.distributed.get_backend_config(group)
+    return backend == "nccl" and "cpu:" not in config
+
+
+@dataclass(frozen=True)
+class RanksOf:
+    """The processes of a group measure together, and the others do not call.
+
+    >>> measure_sharpness(model, loader, ranks=RanksOf(group, "own data"))      # doctest: +SKIP
+
+    Args:
+        group: a ``torch.distributed.ProcessGroup``, or a ``DeviceMesh`` of one dimension.
+        how: what their loaders hold, "auto", "same data" or "own data": see ``measure_sharpness``.
+    """
+
+    group: torch.distributed.ProcessGroup | DeviceMesh
+    how: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.how not in RANKS[:-1]:
+            raise ValueError(f"how must be one of {RANKS[:-1]}, got {self.how!r}")
 
 
 class Shared:
@@ -193,6 +226,15 @@ class _Told(NamedTuple):
     second_hand: bool
 
 
+class Speaker(Protocol):
+    """What says something of this process at every meeting of the ranks."""
+
+    def says(self) -> tuple[float, float]: ...
+
+    def hear(self, said: Sequence[Sequence[float]]) -> None:
+        """What was said there on all ranks, in their order; before any error of that meeting is raised."""
+
+
 class Ranks:
     """The processes that share a measurement, in lockstep: each evaluation ends in one meeting of all of them.
 
@@ -203,18 +245,46 @@ class Ranks:
 
     Source: measured with two and four gloo processes, a meeting takes 0.1 to 6 ms, as busy as the machine is.
 
+    Args:
+        group: their process group, in which they have the ranks 0 to ``size - 1``; None for the default one.
     Attributes:
         how: one of ``RANKS`` (asked for), or what came of "auto".
         rank, size: 0 and 1 for a process alone, for which nothing is exchanged.
     """
 
-    def __init__(self, how: str = "alone", rank: int = 0, size: int = 1) -> None:
-        self.how, self.rank, self.size = how, rank, size
+    def __init__(self, how: str = "alone", rank: int = 0, size: int = 1, group: Any = None) -> None:
+        self.how, self.rank, self.size, self._group = how, rank, size, group
+        self._speakers: list[Speaker] = []
         self._met: BaseException | None = None  # the last error that all ranks know of
 
     @property
     def is_alone(self) -> bool:
         return self.size == 1
+
+    @property
+    def members(self) -> list[int]:
+        """Their ranks in the default group, by which errors name them, in the order of their ranks here."""
+        if self.is_alone:
+            return [rank()]
+        if self._group is None:
+            return list(range(self.size))
+        return [torch.distributed.get_global_rank(self._group, r) for r in range(self.size)]
+
+    @contextlib.contextmanager
+    def attended_by(self, speaker: Speaker) -> Iterator[None]:
+        """Inside, it says something at every meeting and hears all; one of at most two, in the same order on every rank."""
+        if len(self._speakers) == _SPEAKERS:
+            raise ValueError(f"{_SPEAKERS} speakers attend the meetings already, and their table has no room for another")
+        self._speakers.append(speaker)
+        try:
+            yield
+        finally:
+            self._speakers.remove(speaker)
+
+    def missing_of(self, tensor: Tensor) -> list[int]:
+        """Ranks of the default group that hold pieces of a ``DTensor``, and do not take part here when it is gathered."""
+        holders = [torch.distributed.get_process_group_ranks(group) for group in shard_groups(tensor)]
+        return sorted({holder for part in holders for holder in part} - set(self.members))
 
     @contextlib.contextmanager
     def sharing(self, what: str, where: Sequence[Tensor | None] = ()) -> Iterator[Shared]:
@@ -241,7 +311,8 @@ class Ranks:
             if raised is self._met:
                 raise
             error = raised
-        self._meet(what, shared, where, error)
+        with self.in_one_piece():
+            self._meet(what, shared, where, error)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -257,15 +328,16 @@ class Ranks:
     def leave(self, error: BaseException) -> None:
         """Tell the others at their next meeting, unless they know; raises the error."""
         if not self.is_alone and error is not self._met:
-            self._meet("nothing more", Shared(), (), error)
+            with self.in_one_piece():
+                self._meet("nothing more", Shared(), (), error)
 
     def gather(self, value: Any) -> list[Any]:
         """A small picklable value of every rank, in their order. Collective."""
         if self.is_alone:
             return [value]
         found: list[Any] = [None] * self.size
-        with _found_lost("exchanging notes"):
-            torch.distributed.all_gather_object(found, value)
+        with self.in_one_piece(), self._exchange("exchanging notes"):
+            torch.distributed.all_gather_object(found, value, group=self._group)
         return found
 
     def smallest(self, number: int | None) -> int | None:
@@ -277,8 +349,8 @@ class Ranks:
         if self.is_alone:
             return value
         box: list[bytes | None] = [_pickled(value) if self.rank == source else None]
-        with _found_lost("sending a result"):
-            torch.distributed.broadcast_object_list(box, src=source)
+        with self.in_one_piece(), self._exchange("sending a result"):
+            torch.distributed.broadcast_object_list(box, src=self.members[source], group=self._group)
         return value if box[0] is None or self.rank == source else pickle.loads(box[0])
 
     def close(self, what: str, error: Exception | None, value: float = 0.0) -> tuple[Exception, str] | None:
@@ -289,10 +361,14 @@ class Ranks:
         Raises:
             LostRankError: another rank is gone.
         """
+        with self.in_one_piece():
+            return self._closed(what, error, value)
+
+    def _closed(self, what: str, error: Exception | None, value: float) -> tuple[Exception, str] | None:
         while not self.is_alone:
             rows = self._rows(_CLOSING, 0, [value], (), error)
             together = bool((rows[:, 0] == rows[0, 0]).all())
-            values = rows[:, 7]
+            values = rows[:, _VALUES]
             apart = together and bool(((values - values[0]).abs() > _APART * values[0].abs()).any())
             if together and not apart and not bool(rows[:, 2].any()):
                 return None
@@ -313,7 +389,7 @@ class Ranks:
         """
         found = self.gather(value)
         if any(other != found[0] for other in found):
-            shown = "; ".join(f"rank {r}: {other}" for r, other in enumerate(found))
+            shown = "; ".join(f"rank {r}: {other}" for r, other in zip(self.members, found, strict=True))
             raise RanksApartError(f"the ranks must have the same {what}, and have {shown}")
 
     # ------------------------------------------------------------------ evaluations that talk on the way
@@ -328,8 +404,10 @@ class Ranks:
             MemoryRanOut: of some rank.
             RemoteFailureError, RanksApartError, LostRankError: as ``sharing``.
         """
-        rows = self._rows(_STEP, 0, [0.0] if step is None else [1.0, *step], (), None, flag=_FULL if memory_ran_out else _OK)
-        flags, asked = rows[:, 2], rows[rows[:, 7] == 1, 7:]
+        asks, flag = [0.0] if step is None else [1.0, *step], _FULL if memory_ran_out else _OK
+        with self.in_one_piece():
+            rows = self._rows(_STEP, 0, asks, (), None, flag=flag)
+        flags, asked = rows[:, 2], rows[rows[:, _VALUES] == 1, _VALUES:]
         together = bool((rows[:, 0] == rows[0, 0]).all())
         if together and bool((flags == _FULL).any()):
             raise MemoryRanOut
@@ -342,21 +420,40 @@ class Ranks:
         """The vectors of all ranks, shape ``(n,)`` each on every rank, as rows ``(size, n)``. Collective."""
         if self.is_alone:
             return own[None]
-        sent = own.to(_device()) if _needs_cuda() else own
+        sent = own.to(_device(self._group)) if _needs_cuda(self._group) else own
         rows = sent.new_empty(self.size * len(own))  # flat: gloo takes no other
-        with _found_lost("sending weights"):
-            _collective("all_gather_single", "all_gather_into_tensor")(rows, sent.contiguous())
+        with self.in_one_piece(), self._exchange("sending weights"):
+            _collective("all_gather_single", "all_gather_into_tensor")(rows, sent.contiguous(), group=self._group)
         return rows.view(self.size, -1).to(own.device)
 
     def scattered_sum(self, rows: Tensor) -> Tensor:
         """This rank's row, shape ``(n,)``, of the sum of what all ranks have, shape ``(size, n)`` each. Collective."""
         if self.is_alone:
             return rows[0]
-        sent = rows.to(_device()) if _needs_cuda() else rows
+        sent = rows.to(_device(self._group)) if _needs_cuda(self._group) else rows
         own = sent.new_empty(rows.shape[1])
-        with _found_lost("adding up shards"):
-            _collective("reduce_scatter_single", "reduce_scatter_tensor")(own, sent.reshape(-1))
+        with self.in_one_piece(), self._exchange("adding up shards"):
+            _collective("reduce_scatter_single", "reduce_scatter_tensor")(own, sent.reshape(-1), group=self._group)
         return own.to(rows.device)
+
+    @contextlib.contextmanager
+    def in_one_piece(self) -> Iterator[None]:
+        """Inside, Ctrl-C waits: a rank that leaves in the middle of an exchange has nothing to tell the others with.
+
+        It waits anyway while a collective does, which nothing but the group's timeout interrupts.
+        """
+        before = signal.getsignal(signal.SIGINT)
+        if self.is_alone or not callable(before) or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        waiting: list[FrameType | None] = []
+        signal.signal(signal.SIGINT, lambda number, frame: waiting.append(frame))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+            for frame in waiting:
+                before(signal.SIGINT, frame)
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
@@ -373,13 +470,13 @@ class Ranks:
         vector = shared.vector
         size = 0 if error is not None or vector is None else vector.numel()
         rows = self._rows(what, size, [] if error is not None else shared.numbers, where, error)
-        points = rows[:, 3:7].view(self.size, 2, 2)
+        points = rows[:, _POINTS:_VALUES].reshape(self.size, 2, 2)
         apart = bool(((points[:, :, 0] - points[0, :, 0]).abs() > _APART * points[:, :, 1]).any())
         if apart or bool((rows[:, :2] != rows[0, :2]).any()) or bool(rows[:, 2].any()):
             told = self._told(f"asked for {what}" + (" at a point of its own" if apart else ""), error)
             self._met = error or self._failure(told)
             raise self._met
-        shared.numbers = rows[:, -_NUMBERS:].sum(dim=0).tolist()[: len(shared.numbers)]
+        shared.numbers = rows[:, _VALUES:].sum(dim=0).tolist()[: len(shared.numbers)]
         if vector is not None:
             shared.vector = self._summed(vector)
 
@@ -393,24 +490,52 @@ class Ranks:
         *,
         flag: float = _OK,
     ) -> Tensor:
-        """What every rank says: kind, size of its vector, whether it failed; two numbers for each of two points; numbers."""
+        """What every rank says: kind, size of its vector, whether it failed; two numbers of each speaker and of each of two
+        points; numbers.
+        """
         if error is not None:
             flag = _FAILED if isinstance(error, Exception) else _LEFT
         row = [float(zlib.crc32(what.encode())), float(size), flag]
+        row += itertools.chain.from_iterable(speaker.says() for speaker in self._speakers)
+        row += [0.0] * (_POINTS - len(row))
         row += itertools.chain.from_iterable(map(_digest, where)) if error is None else ()
-        row += [0.0] * (7 - len(row)) + numbers + [0.0] * (_NUMBERS - len(numbers))
-        table = torch.zeros((self.size, 7 + _NUMBERS), dtype=torch.float64, device=_device())
+        row += [0.0] * (_VALUES - len(row)) + numbers + [0.0] * (_NUMBERS - len(numbers))
+        table = torch.zeros((self.size, _VALUES + _NUMBERS), dtype=torch.float64, device=_device(self._group))
         table[self.rank] = torch.tensor(row, dtype=torch.float64)
-        with _found_lost(what):
-            torch.distributed.all_reduce(table)
-            return table.cpu()
+        with self._exchange(what):
+            torch.distributed.all_reduce(table, group=self._group)
+            rows = table.cpu()
+        for i, speaker in enumerate(self._speakers):
+            speaker.hear(rows[:, _SAID + 2 * i : _SAID + 2 * i + 2].tolist())
+        return rows
 
     def _summed(self, vector: Tensor) -> Tensor:
-        total = vector.to(_device()) if _needs_cuda() else vector
-        with _found_lost("adding up vectors"):
+        total = vector.to(_device(self._group)) if _needs_cuda(self._group) else vector
+        with self._exchange("adding up vectors"):
             total = total.contiguous()
-            torch.distributed.all_reduce(total)
+            torch.distributed.all_reduce(total, group=self._group)
             return total.to(vector.device)
+
+    @contextlib.contextmanager
+    def _exchange(self, doing: str) -> Iterator[None]:
+        """Around a collective: a group that broke is a LostRankError.
+
+        What interrupts a rank inside, other than Ctrl-C, it cannot tell the others any more; they find out when its process
+        ends, or by the group's timeout.
+        """
+        try:
+            yield
+        except LostRankError:
+            raise
+        except Exception as error:
+            raise LostRankError(
+                f"the group of ranks broke while {doing} was shared: {' '.join(str(error).split())[:300]}. Either a rank "
+                "died, or did not come within the group's timeout: every rank of the group must measure, or ranks='alone' "
+                "on the one that does."
+            ) from error
+        except BaseException as interrupt:
+            self._met = interrupt
+            raise
 
     def _told(self, doing: str, error: BaseException | None) -> list[_Told]:
         second_hand = isinstance(error, (RemoteFailureError, RanksApartError))
@@ -419,13 +544,13 @@ class Ranks:
         found: list[_Told] = self.gather(_Told(doing, text, leaves, second_hand))
         return found
 
-    @staticmethod
-    def _failure(told: list[_Told]) -> Exception:
+    def _failure(self, told: list[_Told]) -> Exception:
         """The same on every rank."""
-        for r, other in enumerate(told):
+        named = list(zip(self.members, told, strict=True))
+        for r, other in named:
             if other.leaves:
                 return LostRankError(f"rank {r} left the measurement: {other.text}")
-        first_hand = [(r, other.text) for r, other in enumerate(told) if other.text is not None and not other.second_hand]
+        first_hand = [(r, other.text) for r, other in named if other.text is not None and not other.second_hand]
         if first_hand:
             r, text = first_hand[0]
             everywhere = len(first_hand) == len(told) and len({text for _, text in first_hand}) == 1
@@ -434,7 +559,7 @@ class Ranks:
         if heard:
             return RemoteFailureError(heard[0])
         return RanksApartError(
-            f"the ranks went different ways: {'; '.join(f'rank {r} {other.doing}' for r, other in enumerate(told))}. "
+            f"the ranks went different ways: {'; '.join(f'rank {r} {other.doing}' for r, other in named)}. "
             "What a metric evaluates may depend only on numbers that are the same on every rank."
         )
 
@@ -452,19 +577,47 @@ def smallest(number: int | None) -> int | None:
     return measuring().smallest(number)
 
 
-def resolve_ranks(ranks: str | Ranks) -> Ranks:
-    """The group that exists, or this process alone.
+def resolve_ranks(ranks: RanksLike) -> Ranks:
+    """The processes of a group, or this one alone.
 
     Raises:
-        ValueError: it is none of ``RANKS``.
+        ValueError: it is none of ``RANKS`` and no group, this process is not in the group, or a mesh has several dimensions.
     """
     if isinstance(ranks, Ranks):
         return ranks
-    if ranks not in RANKS:
-        raise ValueError(f"ranks must be one of {RANKS}, got {ranks!r}")
-    if ranks == "alone" or world_size() == 1:
-        return Ranks()
-    return Ranks(ranks, rank(), world_size())
+    if isinstance(ranks, str):
+        if ranks not in RANKS:
+            raise ValueError(f"ranks must be one of {RANKS}, a process group or a device mesh, got {ranks!r}")
+        return Ranks() if ranks == "alone" or world_size() == 1 else Ranks(ranks, rank(), world_size())
+    given, how = (ranks.group, ranks.how) if isinstance(ranks, RanksOf) else (ranks, "auto")
+    group = _group_of(given)
+    size = torch.distributed.get_world_size(group)
+    return Ranks() if size == 1 else Ranks(how, torch.distributed.get_rank(group), size, group)
+
+
+def _group_of(given: Any) -> Any:
+    """The process group that a caller gave, of which this process is a member."""
+    if not _is_running():
+        raise ValueError(f"ranks must be one of {RANKS} where torch.distributed was not started, got {given!r}")
+    mesh = given if isinstance(given, DeviceMesh) else None
+    if mesh is not None and mesh.ndim != 1:
+        raise ValueError(
+            f"ranks is a device mesh of {mesh.ndim} dimensions, and the ranks that measure together are a line of it: name "
+            f"one of its dimensions, as in ranks=mesh[name] (here: {mesh.mesh_dim_names})"
+        )
+    if mesh is not None:
+        outside = mesh.get_coordinate() is None
+        group = None if outside else mesh.get_group()
+    else:
+        outside, group = isinstance(given, int) and given == torch.distributed.GroupMember.NON_GROUP_MEMBER, given
+        if not outside and not isinstance(given, torch.distributed.ProcessGroup):
+            raise ValueError(f"ranks must be one of {RANKS}, a process group or a device mesh, got {given!r}")
+    if outside or torch.distributed.get_rank(group) < 0:
+        raise ValueError(
+            f"ranks is a group that this process (rank {rank()}) is not in. Measure on the processes of the group only; the "
+            "others need not wait for them."
+        )
+    return group
 
 
 def _collective(name: str, before: str) -> Callable[..., Any]:
@@ -491,16 +644,3 @@ def _digest(point: Tensor | None) -> tuple[float, float]:
 
 def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")
-
-
-@contextlib.contextmanager
-def _found_lost(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except LostRankError:
-        raise
-    except Exception as error:
-        raise LostRankError(
-            f"the group of ranks broke while {doing} was shared: {' '.join(str(error).split())[:300]}. Either a rank died, "
-            "or did not come within the group's timeout: every rank must measure, or ranks='alone' on the one that does."
-        ) from error

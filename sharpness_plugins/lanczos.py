@@ -157,7 +157,7 @@ class _Run:
                 self._search(ritz)
             else:
                 self._extend(ritz, following)
-            if searching or is_full:  # the products so far are no longer needed
+            if (searching or is_full) and not self._basis.is_spread:  # the products so far are no longer needed
                 self._scope.save(self._state)
 
     def _state(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import platform
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from . import registry, sampling
-from .distributed import resolve_ranks
+from .distributed import RanksLike, resolve_ranks
 from .errors import LostRankError, MeasurementStopped, MeasurementWarning, PluginWarning
 from .krylov_pass import KrylovSharing
 from .losses import LossFn, unwrap
@@ -57,7 +56,7 @@ def measure_sharpness(
     progress: bool | ProgressListener | None = None,
     memory: int | str | None = None,
     cache_bytes: int | None = None,
-    ranks: str = "auto",
+    ranks: RanksLike = "auto",
     on_interrupt: str = "return",
     time_limit: float | None = None,
     metric_time_limit: float | None = None,
@@ -94,22 +93,28 @@ def measure_sharpness(
         ranks: what the processes of a ``torch.distributed`` group do, all of which must call this: "same data", they share
             out what each one's loader gives; "own data", each one's loader has a part of the data; "auto", what the loaders
             turn out to hold, repeats of a ``DistributedSampler`` left out. All of them return the same report, which is that
-            of one process. "alone" for one process without the others.
+            of one process. "alone" for one process without the others. A process group, or a ``DeviceMesh`` of one
+            dimension, is "auto" in it instead of the default group: its processes call this and the others do not, so that
+            several groups can measure several models at the same time; ``RanksOf(group, "own data")`` says both. Errors name
+            ranks by those of the default group.
         on_interrupt: what Ctrl-C does once measuring has begun. "return": the report is what there is by then. Metrics that
             are done are in it as ever; the one in hand has the status "interrupted" where it had something (the best point
             so far; Ritz values with their residuals; the mean over the probes so far), and the others are "not measured".
             ``report.stopped`` says so, and a warning does. A second Ctrl-C is ``KeyboardInterrupt`` at once, also in the
             next measurement, two seconds long. Only in the main thread, and only where nobody else handles the signal.
-            "raise": ``KeyboardInterrupt`` at once.
+            "raise": ``KeyboardInterrupt`` at once. On several ranks the first Ctrl-C on any of them, or on torchrun, stops
+            all of them after the same evaluation, at most one later; a rank that raises takes the others with it, by
+            LostRankError.
         time_limit, metric_time_limit: seconds for all and for each metric. They are kept at evaluations and batches, as
             Ctrl-C is, so a long batch is waited for. A metric that hangs between evaluations is interrupted by an alarm a
             second later, if this is the main thread of a POSIX system; in C code it cannot be. On several ranks the clock of
-            the first one counts, at evaluations only, and Ctrl-C is ``KeyboardInterrupt``.
+            the first one counts, at evaluations only.
         state_file: keep the state of the measurement in this file, and go on from it if it is there: after a kill, to the
             same numbers bit for bit. Finished metrics are not measured again, and evaluations of the metric in hand only as
             far as they were not kept, which they are while keeping them takes about 5 % of their time and the file no
             more than about 32 vectors of ``dim`` (twice that on the disk). Nothing in it is unpickled. After the
-            measurement it holds the results.
+            measurement it holds the results. On several ranks the first one alone reads and writes it, which must name it,
+            and the number of ranks must stay the same.
     Returns:
         a report: ``report["epsilon_box"].value``, ``print(report)``, ``report.to_json()``. A metric that raises is in it
         with status "failed" and a PluginWarning; the others are measured.
@@ -126,16 +131,18 @@ def measure_sharpness(
             chosen = resolve_metrics(metrics)
             listener = resolve_listener(progress if group.rank == 0 or callable(progress) else False)
             model = trained_part(model)
-            agree = None if group.is_alone else functools.partial(group.of, 0)
             switch = StopSwitch(
-                time_limit=time_limit, metric_time_limit=metric_time_limit, on_interrupt=on_interrupt, agree=agree
+                time_limit=time_limit,
+                metric_time_limit=metric_time_limit,
+                on_interrupt=on_interrupt,
+                shared=not group.is_alone,
             )
         asked = {
             key: {k: v for k, v in registry.metric_settings(metric).items() if isinstance(v, _PLAIN)}
             for key, metric in chosen.items()
         }
         group.agree("metrics and settings", [asked, seed, batch_norm, max_samples])
-    with switch:
+    with group.attended_by(switch), switch:
         with group.together():
             objective = Objective(
                 model,
@@ -160,10 +167,11 @@ def measure_sharpness(
         finally:
             if listener is not None:
                 listener(ProgressEvent(None, 0.0, None, 0.0))
-    said = group.of(objective.first_rank, (run.provenance(), objective.cost))
+        said = group.of(objective.first_rank, (run.provenance(), objective.cost))
     report = SharpnessReport(run.results, objective.loss, *said)
     if switch.interrupted:
-        warnings.warn(f"the measurement was stopped {report.stopped}: {run.told()}", MeasurementWarning, stacklevel=2)
+        when = report.stopped or "by Ctrl-C"  # pressed when all was done
+        warnings.warn(f"the measurement was stopped {when}: {run.told()}", MeasurementWarning, stacklevel=2)
     for _ in registry.call_hook("sharpness_measure_end", report=report):
         pass
     return report

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import agreement, modes, sampling, sharded, stopping
 from .batches import Batch
-from .distributed import Ranks, resolve_ranks, world_size
+from .distributed import Ranks, RanksLike, resolve_ranks, world_size
 from .errors import RemoteFailureError
 from .evaluation import Evaluator, LossSums, mean_of
 from .hvp import HessianProducts, heads
@@ -105,7 +105,7 @@ class Objective:
         hvp: str = "auto",
         memory: int | str | None = None,
         graph_bytes: int | None = None,
-        ranks: str | Ranks = "auto",
+        ranks: RanksLike = "auto",
     ) -> None:
         self.ranks = resolve_ranks(ranks)
         with self.ranks.together():
@@ -128,8 +128,7 @@ class Objective:
                 sharded.check_supported(model)
                 self.module, wrappers = unwrap(model)
                 if sharded.is_fully_sharded(self.module):
-                    if self.ranks.is_alone and world_size() > 1:
-                        raise ValueError("the weights are sharded over the ranks, so ranks='alone' cannot measure them")
+                    sharded.check_gathered(self.module, self.ranks)
                     wrappers.append("fully_shard")
                 self._batch_norm = batch_norm
                 if batch_norm == "batch" and world_size() > 1 and modes.has_synchronized_batch_norm(self.module):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import registry
+from .distributed import RanksLike
 from .errors import SecondDerivativeError
 from .expected import NOTHING, ExpectedWork, Range
 from .krylov_pass import KrylovSharing
@@ -150,7 +151,7 @@ def plan_measurement(
     device: torch.device | str | None = None,
     memory: int | str | None = None,
     cache_bytes: int | None = None,
-    ranks: str = "auto",
+    ranks: RanksLike = "auto",
 ) -> MeasurementPlan:
     """What ``measure_sharpness`` with these arguments is expected to take.
 

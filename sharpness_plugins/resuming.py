@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -54,22 +54,38 @@ def kept_in(
 ) -> Iterator[Keeper]:
     """Keep the measurement in this file, after what is there already; None keeps nothing.
 
+    On several ranks the first one has the file, and the others need not even see the disk.
+
     Raises:
         StateFileError: it is another measurement's, damaged, or in use.
-        ValueError: several ranks measure together, whose states would have to be cut off at the same step.
+        ValueError: vectors lie in shards, whose rank-by-rank states no file holds; a rank names a file, and not the first.
+        RemoteFailureError: the first rank cannot open it.
     """
-    if path is None:
+    ranks = objective.ranks
+    named = ranks.gather(path is not None)
+    if not any(named):
         yield Keeper(None, list(metrics))
         return
-    if not objective.ranks.is_alone:
+    if not named[0]:
         raise ValueError(
-            f"a state file is for one process, and {objective.ranks.size} measure together. Leave state_file out, or "
-            "measure on one of them with ranks='alone'."
+            f"rank {ranks.members[named.index(True)]} names a state file, and the one that keeps it is rank "
+            f"{ranks.members[0]}, which names none. Pass state_file on that rank, or on all of them."
         )
-    identity = {**objective.identity(), **_identity_of(metrics, seed)}
-    recorder = Recorder(StateFile(path, identity), work=objective.work, set_work=objective.set_work, like=objective.origin)
+    if not objective.layout.is_whole:
+        raise ValueError(
+            "a state file holds whole vectors, and here each rank has a shard of them. Leave state_file out: a time limit "
+            "still returns what there is."
+        )
+    with ranks.sharing("opening the state file"):
+        identity = objective.identity()
+    data = ranks.gather(identity["data"])
+    identity |= {"data": " ".join(data), "number of ranks": str(ranks.size), **_identity_of(metrics, seed)}
+    with ranks.sharing("opening the state file"):
+        file = StateFile(cast("str", path), identity) if ranks.rank == 0 else None
+    recorder = Recorder(file, work=objective.work, set_work=objective.set_work, like=objective.origin, ranks=ranks)
     try:
-        yield Keeper(recorder, list(metrics))
+        with ranks.attended_by(recorder):
+            yield Keeper(recorder, list(metrics))
     finally:
         recorder.close()
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
+from .distributed import Ranks
 from .memory import MemoryBudget, free_bytes, parse_bytes
 
 __all__ = [
+    "check_gathered",
     "check_supported",
     "fits_gathered",
     "is_fully_sharded",
@@ -75,6 +77,21 @@ def check_supported(module: nn.Module) -> None:
                 f"parameter {name!r} is a distributed tensor placed as {tuple(placements)}, as tensor parallelism does, and "
                 "only weights sharded by fully_shard alone can be measured here: gather them (parameter.full_tensor()) into "
                 "a plain copy of the model and measure that"
+            )
+
+
+def check_gathered(module: nn.Module, ranks: Ranks) -> None:
+    """Raise where a process holds pieces of the weights and does not measure: it would not come when they are gathered.
+
+    Raises:
+        ValueError: names the ranks.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if missing := ranks.missing_of(tensor):
+            those = "ranks='alone'" if ranks.is_alone else f"ranks {ranks.members}"
+            raise ValueError(
+                f"the weights are sharded over the ranks, so {those} cannot measure them without ranks {missing}, which "
+                "hold pieces of them. Measure on all ranks that the model is sharded over."
             )
 
 

@@ -130,7 +130,8 @@ def share_of(loader: Iterable[Any], ranks: Ranks, *, max_samples: int | None, se
         if unique and not (same_order and ranks.how == "own data"):
             return _of_plans(loader, inner, parts, ranks, max_samples)
     _check_not_dispatched(loader)
-    ranks.how = _settled(ranks.how, [r for r, d in enumerate(digests) if d.contents and told.count(d) > 1], len(digests))
+    equal = [r for r, d in zip(ranks.members, digests, strict=True) if d.contents and told.count(d) > 1]
+    ranks.how = _settled(ranks.how, equal, ranks.size)
     if ranks.how == "same data":
         return Share(loader, how=ranks.how, ranks=ranks, max_samples=max_samples, num_batches=count)
     if max_samples is not None:

@@ -182,7 +182,7 @@ class BatchSource:
         """Raise where two ranks' own parts hold the same samples, in another order or not."""
         if self._share.how != "own data":
             return
-        for (a, one), (b, other) in itertools.combinations(enumerate(parts), 2):
+        for (a, one), (b, other) in itertools.combinations(zip(self._ranks.members, parts, strict=True), 2):
             if one.num_samples > 1 and one.sums is not None and one.difference(other) is None:
                 raise LoaderError(
                     f"the loaders of ranks {a} and {b} hold the same samples in different orders, so that they would count "

@@ -72,6 +72,10 @@ class StateFile:
         """What the records take that are not replaced or dropped."""
         return sum(place.size for place in self._places.values())
 
+    @property
+    def keys(self) -> list[str]:
+        return list(self._places)
+
     def __contains__(self, key: str) -> bool:
         return key in self._places
 

@@ -7,16 +7,20 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar, Token
 from types import FrameType
 from typing import Any
 
-from .errors import MeasurementStopped
+from .errors import LostRankError, MeasurementStopped
 
 __all__ = ["ON_INTERRUPT", "Overdue", "StopSwitch", "check", "evaluating", "is_stopped"]
 
 ON_INTERRUPT = ("return", "raise")
+
+# why it is to stop, as numbers that ranks can exchange, with the limit that was reached
+_NOTHING = (0.0, 0.0)
+_CTRL_C, _LIMIT, _METRIC_LIMIT = 1.0, 2.0, 3.0
 
 _TWICE_WITHIN = 2.0  # seconds: a second Ctrl-C so soon stops the script, also where the next measurement has begun
 _GRACE = 1.0  # seconds past a limit: what has not evaluated anything by then is taken to hang
@@ -44,8 +48,9 @@ class StopSwitch:
         time_limit: seconds from now on; None for no limit.
         metric_time_limit: seconds for each metric.
         on_interrupt: one of ``ON_INTERRUPT``.
-        agree: on several ranks, gives all of them what the first one says, "" included: they end in the same evaluation.
-            Ctrl-C and the alarm, which would reach them at different moments, are then left alone.
+        shared: several ranks measure together, and end in the same evaluation: what counts then is what all of them have
+            heard of each other (``says``, ``hear``), Ctrl-C of any and the clock of the first. There is no alarm, which
+            would reach them at different moments.
     Attributes:
         raised: why the current metric was stopped, as the end of "stopped ..."; empty where it was not.
     """
@@ -56,7 +61,7 @@ class StopSwitch:
         time_limit: float | None = None,
         metric_time_limit: float | None = None,
         on_interrupt: str = "return",
-        agree: Callable[[str], str] | None = None,
+        shared: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if on_interrupt not in ON_INTERRUPT:
@@ -64,9 +69,9 @@ class StopSwitch:
         for name, limit in (("time_limit", time_limit), ("metric_time_limit", metric_time_limit)):
             if limit is not None and not 0 < limit < math.inf:
                 raise ValueError(f"{name} must be a positive number of seconds, or None, got {limit!r}")
-        self._agree = agree if time_limit is not None or metric_time_limit is not None else None
-        self._takes_over = on_interrupt == "return" and agree is None
-        self._may_alarm = agree is None and (time_limit is not None or metric_time_limit is not None)
+        self._shared, self._heard = shared, _NOTHING
+        self._takes_over = on_interrupt == "return"
+        self._may_alarm = not shared and (time_limit is not None or metric_time_limit is not None)
         self._limit, self._metric_limit, self._clock = time_limit, metric_time_limit, clock
         self._end = math.inf if time_limit is None else clock() + time_limit
         self._metric_end = math.inf
@@ -83,37 +88,46 @@ class StopSwitch:
 
     @property
     def interrupted(self) -> bool:
-        """Whether Ctrl-C was pressed."""
-        return self._interrupted
+        """Whether Ctrl-C was pressed, here or on another rank."""
+        return self._interrupted or self._heard[0] == _CTRL_C
 
     @property
     def reason(self) -> str:
-        """Why the whole measurement is to stop, as the end of "stopped ..."; empty where it is not. Collective."""
-        return self._agreed(self._reason)
+        """Why the whole measurement is to stop, as the end of "stopped ..."; empty where it is not."""
+        code, limit = self._stands
+        return "" if code == _METRIC_LIMIT else _told(code, limit)
 
-    def _agreed(self, reason: str) -> str:
-        return reason if self._agree is None else self._agree(reason)
+    def says(self) -> tuple[float, float]:
+        """Why it is to stop for all that this process knows, as numbers for ``hear``."""
+        if self._interrupted:
+            return _CTRL_C, 0.0
+        now = self._clock()
+        if self._limit is not None and now >= self._end:
+            return _LIMIT, self._limit
+        if self._metric_limit is not None and self._in_metric and now >= self._metric_end:
+            return _METRIC_LIMIT, self._metric_limit
+        return _NOTHING
+
+    def hear(self, said: Sequence[Sequence[float]]) -> None:
+        """What all ranks say, the same on all of them."""
+        pressed = [one for one in said if one[0] == _CTRL_C]
+        code, limit = (pressed or said)[0]
+        self._heard = code, limit
 
     @property
-    def _reason(self) -> str:
-        if self._interrupted:
-            return "by Ctrl-C"
-        return f"at the time limit of {self._limit:g} s" if self._clock() >= self._end else ""
+    def _stands(self) -> tuple[float, float]:
+        return self._heard if self._shared else self.says()
 
     @property
     def _reason_now(self) -> str:
-        if not self._in_metric:
-            return ""
-        if (reason := self._reason) or self._clock() < self._metric_end:
-            return reason
-        return f"at the time limit of {self._metric_limit:g} s for a metric"
+        return _told(*self._stands) if self._in_metric else ""
 
     def check(self) -> None:
         """Raises MeasurementStopped where the measurement, or the metric, is to stop."""
         self._beat = self._clock()
         if self._outer is not None:
             self._outer.check()
-        if reason := self._agreed(self._reason_now):
+        if reason := self._reason_now:
             self.raised = reason
             raise MeasurementStopped(f"stopped {reason}")
 
@@ -122,6 +136,7 @@ class StopSwitch:
         """One metric; what hangs in it past a limit raises ``Overdue``."""
         now = self._clock()
         self.raised, self._overdue = "", False
+        self._heard = _NOTHING if self._heard[0] == _METRIC_LIMIT else self._heard  # that was the last metric's
         self._metric_end = math.inf if self._metric_limit is None else now + self._metric_limit
         self._beat = now
         self._set_alarm(min(self._end, self._metric_end) - now + _GRACE)
@@ -139,8 +154,10 @@ class StopSwitch:
         self._depth += 1
         try:
             yield
+        except LostRankError:  # one that left by Ctrl-C, say; nothing can be measured any more
+            raise
         except Exception:
-            if self._interrupted:
+            if self._stands[0] == _CTRL_C:
                 self.check()
             raise
         finally:
@@ -192,6 +209,15 @@ class StopSwitch:
         if self._in_metric and hangs and (reason := self._reason_now) and not self._overdue:
             self._overdue, self.raised = True, reason
             raise Overdue(f"stopped {reason}")
+
+
+def _told(code: float, limit: float) -> str:
+    """As the end of "stopped ..."."""
+    if code == _CTRL_C:
+        return "by Ctrl-C"
+    if code == _LIMIT:
+        return f"at the time limit of {limit:g} s"
+    return f"at the time limit of {limit:g} s for a metric" if code == _METRIC_LIMIT else ""
 
 
 def check() -> None:

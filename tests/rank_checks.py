@@ -629,6 +629,7 @@ def be_interrupted(rank: int) -> Callable[[Objective], float]:
         objective.value()
         if rank == 1:
             os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
         return objective.value()
 
     return work
@@ -643,7 +644,7 @@ def stay_away(rank: int) -> Callable[[Objective], float]:
     return work
 
 
-DEATHS = {"signal": die_by_signal, "exit": die_by_exit, "Ctrl-C": be_interrupted, "stay away": stay_away}
+DEATHS = {"signal": die_by_signal, "exit": die_by_exit, "Ctrl-C twice": be_interrupted, "stay away": stay_away}
 
 
 def lose_a_rank(rank: int, world_size: int, how: str) -> str:
@@ -660,6 +661,7 @@ def lose_a_rank(rank: int, world_size: int, how: str) -> str:
 
 def on_rank(rank: int, world_size: int, folder: str, names: list[str], timeout: float, checks: str) -> None:
     torch.set_num_threads(1)
+    os.chdir(folder)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
     )
@@ -675,11 +677,10 @@ def on_rank(rank: int, world_size: int, folder: str, names: list[str], timeout: 
             found[name] = {"error": traceback.format_exc()}
         found[f"{name} seconds"] = time.monotonic() - began
         Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    if not set(names) & set(DEATHS):
-        dist.barrier()
-        dist.destroy_process_group()
-    else:
+    if set(names) & set(DEATHS) or any(isinstance(answer, dict) and "lost" in answer for answer in found.values()):
         os._exit(0)  # a broken group may not be destroyed
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def start(

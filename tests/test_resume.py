@@ -28,6 +28,7 @@ from sharpness_plugins import (
     stopping,
 )
 from sharpness_plugins.distributed import Ranks
+from sharpness_plugins.layout import Shards
 from sharpness_plugins.metrics import EpsilonBox, HessianTopK, RandomSubspace
 from sharpness_plugins.objective import Objective
 from sharpness_plugins.report import Kind, MetricResult, SharpnessReport
@@ -478,7 +479,7 @@ def test_keeping_is_left_out_where_it_would_take_too_long(tmp_path):
         for _ in range(3):
             steps.step("gradient", lambda: torch.zeros(2**16, dtype=torch.float64))
     assert recorder._file.live_bytes == 0  # nothing took so long that it was worth it
-    recorder.computed(100.0)
+    recorder._computed += 100.0
     with scope.entered():
         steps.step("gradient", lambda: torch.zeros(2**16, dtype=torch.float64))
     assert recorder._file.live_bytes > 2**19
@@ -510,14 +511,15 @@ def test_trees_come_back_bit_for_bit(dtype, tmp_path):
     file.close()
 
 
-def test_several_ranks_are_refused(tmp_path):
+def test_vectors_in_shards_are_refused(tmp_path):
     objective = Objective(*problem_of())
-    objective.ranks = Ranks("own data", 0, 2)
+    objective.layout = Shards(Ranks(), objective.dim, [(0, objective.dim)])
     with (
-        pytest.raises(ValueError, match="a state file is for one process, and 2 measure together"),
+        pytest.raises(ValueError, match="a state file holds whole vectors, and here each rank has a shard"),
         resuming.kept_in(tmp_path / "state", objective, {}, 0),
     ):
         pass
+    assert not (tmp_path / "state").exists()
 
 
 # ---------------------------------------------------------------------- real kills
