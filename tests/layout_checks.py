@@ -278,7 +278,7 @@ class Quadratic:
     """``loss + <slope, e> + ½ Σ dᵢ eᵢ² + ½ Σ (U e)²``: an objective of few lines, whole or in shards."""
 
     num_samples, num_batches, has_classes, loss = 100, 1, True, 1.0
-    hvp_mode, hvp_check, first_rank = "by hand", "", 0
+    hvp_mode, hvp_check, hvp_error, first_rank = "by hand", "", 0.0, 0
 
     def __init__(self, layout: Layout, blocks: Mapping[str, int] = BLOCKS, *, noise: float = 1.0) -> None:
         self.layout, self.dim = layout, sum(blocks.values())
