@@ -51,6 +51,10 @@ class Objective:
     Constructing it reads the data (twice, unless it is a list: does a second pass give the same samples?), keeps the
     batches on the device when they fit in ``cache_bytes``, finds the loss, and evaluates it once.
 
+    Where weights of ``fully_shard`` do not fit in memory when they are gathered, each rank has a shard of every vector,
+    ``layout`` says which, and ``(dim,)`` below stands for its shape. The ranks then evaluate in step, and gather the weights
+    of each module while it computes.
+
     Args:
         model: any module; compiled and data-parallel wrappers are taken off.
         loader: an iterable of batches that can be iterated again: a DataLoader, a list of batches.
@@ -376,8 +380,9 @@ class Objective:
 
         Exact, by the way that a probe chooses at the first product (``hvp.HessianProducts``); ``hvp_mode`` names it. Inside
         a ``session`` the graphs of the gradients are kept between products at the same point, as many as fit in
-        ``graph_bytes``: 1.5 gradients a product of ResNet-18 and not 2.5. Attention runs on the MATH backend, which alone
-        has second derivatives. One pass.
+        ``graph_bytes``: 1.5 gradients a product of ResNet-18 and not 2.5. Where vectors lie in shards, no graph is kept, and
+        central differences stand in for a double backward that does not work (``streamed_products.StreamedProducts``);
+        ``hvp_error`` is their error. Attention runs on the MATH backend, which alone has second derivatives. One pass.
 
         Raises:
             SecondDerivativeError: no mode works on this model, or its second derivatives are wrong.
