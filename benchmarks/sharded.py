@@ -1,8 +1,8 @@
 """What measuring in shards costs beside measuring gathered weights, on two gloo processes of this machine.
 
 ``python -m benchmarks.sharded [--width 256] [--blocks 8]`` prints, for a transformer of ``fully_shard``: bytes of a vector
-on a rank, the most bytes of gathered weights that live at the same time, collectives of weights, and seconds of a gradient and
-of a Hessian-vector product, each beside the same with gathered weights, in the same processes. The products of both are
+on a rank, the most bytes of gathered weights that live at the same time, collectives of weights, and seconds of a gradient
+and of a Hessian-vector product, each beside the same with gathered weights, in the same processes. The products of both are
 compared first.
 """
 

@@ -88,7 +88,7 @@ def measure_sharpness(
             weights and seven vectors, the batches, the Krylov basis, the graphs of Hessian-vector products. None for half of
             what is free. What does not fit is read or computed anew, slower; where not even the least fits, the metric fails
             and says what it takes. The report's provenance tells who kept how much. Weights of ``fully_shard`` are gathered
-            where they and the vectors fit, and otherwise stay in shards, as do the vectors (metrics that need whole ones fail).
+            where they and the vectors fit; otherwise both stay in shards, and metrics that need whole ones fail.
         cache_bytes: of it, for the batches, which are kept on the device if they take at most this; None for half of what
             the vectors leave, at most 4 GiB unless ``memory`` is given.
         ranks: what the processes of a ``torch.distributed`` group do, all of which must call this: "same data", they share
