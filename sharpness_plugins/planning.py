@@ -23,6 +23,7 @@ from .memory import said_bytes
 from .objective import Objective
 from .registry import Metric
 from .space import Select
+from .specs import works_on_shards
 
 __all__ = ["MeasurementPlan", "MetricPlan", "plan_measurement"]
 
@@ -179,11 +180,13 @@ def plan_measurement(
         plugin_rule=ask_plugins,
         ranks=ranks,
     )
-    sharing = KrylovSharing(chosen, seed)
-    notes: list[str] = []
-    works: dict[str, ExpectedWork | None] = {}
+    refused = [key for key, metric in chosen.items() if not (objective.layout.is_whole or works_on_shards(metric))]
+    sharing = KrylovSharing({key: metric for key, metric in chosen.items() if key not in refused}, seed)
+    notes = [f"{key} needs whole vectors of weights, and will fail" for key in refused]
+    works: dict[str, ExpectedWork | None] = {key: ExpectedWork() for key in refused}
     for key, metric in chosen.items():
-        works[key] = _declared(key, metric, objective, sharing, notes)
+        if key not in refused:
+            works[key] = _declared(key, metric, objective, sharing, notes)
     gradient = _timed(objective, objective.value_and_grad)
     product, first, kept = _product(objective, works.values(), notes)
     rate = 0.0 if product is None or math.isnan(product) else product

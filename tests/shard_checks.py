@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rank_checks
 from rank_checks import F64, NUM_SAMPLES, whole
-from sharpness_plugins import measure_sharpness
+from sharpness_plugins import measure_sharpness, plan_measurement
 from sharpness_plugins.errors import SharpnessError
 from sharpness_plugins.objective import Objective
 from sharpness_plugins.report import MetricResult
@@ -543,6 +543,14 @@ def check_training(rank: int, world_size: int) -> dict[str, Any]:
             optimizer.zero_grad()
         found.append([parameter.full_tensor().tolist() for parameter in model.parameters()])
     return {"same": found[0] == found[1], "values": values}
+
+
+def check_plan(rank: int, world_size: int) -> dict[str, Any]:
+    """Of two metrics, one of which cannot be measured in shards."""
+    model = sharded("blocks")
+    plan = plan_measurement(model, whole(45), ["hessian_trace", "random_subspace"], memory=too_little(model))
+    works = {key: metric.work for key, metric in plan.metrics.items()}
+    return {"notes": plan.notes, "hvps": works["hessian_trace"].hvps.typical, "none": works["random_subspace"].passes.high}  # type: ignore[union-attr]
 
 
 class First:

@@ -174,6 +174,12 @@ def test_training_goes_on_as_if_nothing_had_been_measured(told):
         assert answer["values"]["first"][0] > 0
 
 
+def test_a_plan_says_what_cannot_be_measured_in_shards(told):
+    for answer in of(told, 2, "plan"):
+        assert "random_subspace needs whole vectors of weights, and will fail" in answer["notes"]
+        assert answer["none"] == 0 < answer["hvps"]
+
+
 def test_a_rank_that_dies_in_the_middle_takes_the_others_down(tmp_path):
     processes = rank_checks.start(2, tmp_path / "death", ["death"], checks="shard_checks", timeout=15)
     for process in processes:
