@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from types import FrameType
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -24,6 +25,7 @@ from .errors import LostRankError, RanksApartError, RemoteFailureError
 
 __all__ = [
     "RANKS",
+    "Kind",
     "MemoryRanOut",
     "Ranks",
     "RanksLike",
@@ -205,16 +207,27 @@ class MemoryRanOut(Exception):
     """Of one of the ranks, in the middle of what all of them did."""
 
 
-class Step(NamedTuple):
-    """A step that all ranks take together, as numbers; what they mean, those say who take it."""
+class Kind(IntEnum):
+    """What ranks do together in the middle of an evaluation."""
 
-    kind: int
+    END, BEGIN, WEIGHTS, GRADIENT, VECTOR, PRODUCT = range(6)
+
+
+class Step(NamedTuple):
+    """A collective of all ranks, or the beginning or end of a pass.
+
+    Attributes:
+        of: number of the module whose weights, gradient, ... are exchanged.
+        row: of several products.
+    """
+
+    kind: Kind
     of: int = 0
     row: int = 0
 
     @property
     def name(self) -> str:
-        return f"step {self.kind} of module {self.of}"
+        return f"the {self.kind.name.lower()} of " + (f"module {self.of}" if self.kind > Kind.BEGIN else "a pass")
 
 
 class _Told(NamedTuple):
@@ -414,7 +427,10 @@ class Ranks:
         if not together or bool(flags.any()) or bool((asked != asked[:1]).any()):
             self._met = self._failure(self._told(f"asked for {'nothing' if step is None else step.name}", None))
             raise self._met
-        return Step(*map(int, asked[0, 1:].tolist())) if len(asked) else None
+        if not len(asked):
+            return None
+        kind, of, row = map(int, asked[0, 1:].tolist())
+        return Step(Kind(kind), of, row)
 
     def gathered(self, own: Tensor) -> Tensor:
         """The vectors of all ranks, shape ``(n,)`` each on every rank, as rows ``(size, n)``. Collective."""

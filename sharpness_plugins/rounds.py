@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from .batches import Batch
-from .distributed import MemoryRanOut, Ranks, Step
+from .distributed import Kind, MemoryRanOut, Ranks, Step
 from .errors import RemoteFailureError
 from .memory import is_out_of_memory
 from .micro_batches import MicroBatches, Part, collect_garbage
-from .streaming import BEGIN
 
 __all__ = ["InStep", "Rounds"]
 
@@ -65,7 +64,7 @@ class InStep(Rounds):
             if batch is None:
                 batch, start = next(waiting, None), 0
             part = None if batch is None else parts.part(batch, start)
-            if self._ranks.next_step(None if part is None else Step(BEGIN)) is None:
+            if self._ranks.next_step(None if part is None else Step(Kind.BEGIN)) is None:
                 return
             error: Exception | None = None
             try:

@@ -9,24 +9,23 @@ fails is heard of, and ranks that would wait for different things find out.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
 
 from .batches import Batch
-from .distributed import Ranks, Step
+from .distributed import Kind, Ranks, Step
 from .errors import RanksApartError
 from .evaluation import Evaluator, WeightlessError
+from .interrupts import surely
 from .sharded_space import ShardedSpace, Unit
 
-__all__ = ["BEGIN", "Lent", "Stream", "StreamedEvaluator"]
-
-# kinds of steps
-END, BEGIN, WEIGHTS, GRADIENT, VECTOR, PRODUCT = range(6)
+__all__ = ["Lent", "Stream", "StreamedEvaluator"]
 
 
 class Lent(NamedTuple):
@@ -87,7 +86,7 @@ class Stream:
         """
         if self._pieces is not None:
             raise RuntimeError("a model whose weights are sharded is evaluated while it is being evaluated")
-        handles = []
+        handles: list[RemovableHandle] = []
         try:
             self._pieces, self._left = torch.split(flat, self._space.numels), self.hold_bytes
             for index, unit in enumerate(self._space.units[1:], 1):
@@ -102,17 +101,20 @@ class Stream:
                 except WeightlessError as error:
                     error.lent = self._follow(flat)
                     raise
-            self.ranks.next_step(Step(END))
+            self.ranks.next_step(Step(Kind.END))
         finally:
-            for index, outside in enumerate(self._outside):
-                if outside:
-                    self._leave(index)
-            for handle in handles:
-                handle.remove()
-            self._pieces, self._recent = None, None
-            self._inside.clear()
-            self._held.clear()
-            self._known.clear()
+            surely(lambda: self._end(handles))
+
+    def _end(self, handles: Iterable[RemovableHandle]) -> None:
+        for index, outside in enumerate(self._outside):
+            if outside:
+                self._leave(index)
+        for handle in handles:
+            handle.remove()
+        self._pieces, self._recent = None, None
+        self._inside.clear()
+        self._held.clear()
+        self._known.clear()
 
     def lend(self, flat: Tensor) -> Lent:
         """This rank's part in a pass of the others, with the weights ``flat``."""
@@ -135,17 +137,17 @@ class Stream:
         count = 0 if self.rows is None else len(self.rows)
         totals = flat.new_zeros((1 + count, len(flat))).detach()
         parts = [torch.split(total, self._space.numels) for total in totals]
-        while (step := self.ranks.next_step(None)) is not None and step.kind != END:
+        while (step := self.ranks.next_step(None)) is not None and step.kind != Kind.END:
             unit = self._space.units[step.of]
-            if step.kind == WEIGHTS:
+            if step.kind == Kind.WEIGHTS:
                 self._send_weights(unit)
-            elif step.kind == VECTOR:
+            elif step.kind == Kind.VECTOR:
                 assert self.rows is not None
                 vector = torch.split(self.rows[step.row], self._space.numels)
                 self._gather(unit, [vector[position] for position in unit.selected])
-            elif step.kind in (GRADIENT, PRODUCT):
+            elif step.kind in (Kind.GRADIENT, Kind.PRODUCT):
                 nothing = [flat.new_zeros(self._space.shapes[position]) for position in unit.selected]
-                part = parts[0 if step.kind == GRADIENT else 1 + step.row]
+                part = parts[0 if step.kind == Kind.GRADIENT else 1 + step.row]
                 for position, more in zip(unit.selected, self._add_up(unit, nothing), strict=True):
                     part[position].add_(more)
             else:
@@ -181,9 +183,10 @@ class Stream:
             slot.module._parameters[slot.attribute] = weights[slot.name]  # type: ignore[assignment]
 
     def _leave(self, index: int) -> None:
-        outside, self._outside[index] = self._outside[index], []
-        for slot, parameter in zip(self._space.units[index].slots, outside, strict=False):
+        # fewer than slots where it was interrupted
+        for slot, parameter in zip(self._space.units[index].slots, self._outside[index], strict=False):
             slot.module._parameters[slot.attribute] = parameter  # type: ignore[assignment]
+        self._outside[index] = []
 
     def _weights(self, index: int) -> list[Tensor]:
         """The whole weights of a unit, the selected ones differentiable."""
@@ -207,7 +210,7 @@ class Stream:
             return held
         if self._recent is None or self._recent[0] != index:
             self._recent = None  # before the next one comes
-            self.ranks.next_step(Step(WEIGHTS, index))
+            self.ranks.next_step(Step(Kind.WEIGHTS, index))
             self._recent = (index, self._send_weights(self._space.units[index]))
             for i, tensor in enumerate(self._recent[1]):
                 reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
@@ -239,13 +242,13 @@ class Stream:
 
     def gather_vector(self, index: int, own: Sequence[Tensor]) -> list[Tensor]:
         """The whole of a row, for the second backward pass of a unit."""
-        self.ranks.next_step(Step(VECTOR, index, self._product or 0))
+        self.ranks.next_step(Step(Kind.VECTOR, index, self._product or 0))
         return self._gather(self._space.units[index], own)
 
     def add_up(self, index: int, whole: Sequence[Tensor]) -> list[Tensor]:
         """This rank's part of the sum over the ranks of a unit's gradients."""
         product = self._product
-        self.ranks.next_step(Step(GRADIENT, index) if product is None else Step(PRODUCT, index, product))
+        self.ranks.next_step(Step(Kind.GRADIENT, index) if product is None else Step(Kind.PRODUCT, index, product))
         return self._add_up(self._space.units[index], whole)
 
     def _gather(self, unit: Unit, own: Sequence[Tensor]) -> list[Tensor]:

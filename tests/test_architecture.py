@@ -106,7 +106,6 @@ SAME_LAYER = {  # who may import whom beside itself; everything else in a layer 
     "lanczos": {"krylov"},
     "agreement": {"evaluation"},
     "objective": {"agreement", "evaluation", "hvp", "rounds", "sketch", "streamed_products", "streaming"},
-    "rounds": {"streaming"},
     "sharded_space": {"sharded", "space"},
     "streaming": {"evaluation"},
     "streamed_products": {"evaluation", "hvp", "streaming"},

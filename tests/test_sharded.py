@@ -124,7 +124,9 @@ def test_a_loader_that_raises_on_one_rank(told):
 
 def test_ranks_whose_models_go_different_ways_do_not_wait_for_each_other(told):
     for answer in of(told, 2, "different_ways"):
-        assert answer.startswith("RanksApartError: the ranks went different ways: rank 0 asked for step 2 of module 1; ")
+        assert answer.startswith(
+            "RanksApartError: the ranks went different ways: rank 0 asked for the weights of module 1; "
+        )
 
 
 def test_second_derivatives_are_exact_or_differences_that_say_their_error(told):
