@@ -25,7 +25,7 @@ from .errors import LostRankError, RanksApartError, RemoteFailureError
 
 __all__ = [
     "RANKS",
-    "Kind",
+    "StepKind",
     "MemoryRanOut",
     "Ranks",
     "RanksLike",
@@ -207,7 +207,7 @@ class MemoryRanOut(Exception):
     """Of one of the ranks, in the middle of what all of them did."""
 
 
-class Kind(IntEnum):
+class StepKind(IntEnum):
     """What ranks do together in the middle of an evaluation."""
 
     END, BEGIN, WEIGHTS, GRADIENT, VECTOR, PRODUCT = range(6)
@@ -221,13 +221,13 @@ class Step(NamedTuple):
         row: of several products.
     """
 
-    kind: Kind
+    kind: StepKind
     of: int = 0
     row: int = 0
 
     @property
     def name(self) -> str:
-        return f"the {self.kind.name.lower()} of " + (f"module {self.of}" if self.kind > Kind.BEGIN else "a pass")
+        return f"the {self.kind.name.lower()} of " + (f"module {self.of}" if self.kind > StepKind.BEGIN else "a pass")
 
 
 class _Told(NamedTuple):
@@ -430,7 +430,7 @@ class Ranks:
         if not len(asked):
             return None
         kind, of, row = map(int, asked[0, 1:].tolist())
-        return Step(Kind(kind), of, row)
+        return Step(StepKind(kind), of, row)
 
     def gathered(self, own: Tensor) -> Tensor:
         """The vectors of all ranks, shape ``(n,)`` each on every rank, as rows ``(size, n)``. Collective."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from .batches import Batch
-from .distributed import Kind, MemoryRanOut, Ranks, Step
+from .distributed import MemoryRanOut, Ranks, Step, StepKind
 from .errors import RemoteFailureError
 from .memory import is_out_of_memory
 from .micro_batches import MicroBatches, Part, collect_garbage
@@ -64,7 +64,7 @@ class InStep(Rounds):
             if batch is None:
                 batch, start = next(waiting, None), 0
             part = None if batch is None else parts.part(batch, start)
-            if self._ranks.next_step(None if part is None else Step(Kind.BEGIN)) is None:
+            if self._ranks.next_step(None if part is None else Step(StepKind.BEGIN)) is None:
                 return
             error: Exception | None = None
             try:

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from .batches import Batch
-from .distributed import Kind, Ranks, Step
+from .distributed import Ranks, Step, StepKind
 from .errors import RanksApartError
 from .evaluation import Evaluator, WeightlessError
 from .interrupts import surely
@@ -101,7 +101,7 @@ class Stream:
                 except WeightlessError as error:
                     error.lent = self._follow(flat)
                     raise
-            self.ranks.next_step(Step(Kind.END))
+            self.ranks.next_step(Step(StepKind.END))
         finally:
             surely(lambda: self._end(handles))
 
@@ -137,17 +137,17 @@ class Stream:
         count = 0 if self.rows is None else len(self.rows)
         totals = flat.new_zeros((1 + count, len(flat))).detach()
         parts = [torch.split(total, self._space.numels) for total in totals]
-        while (step := self.ranks.next_step(None)) is not None and step.kind != Kind.END:
+        while (step := self.ranks.next_step(None)) is not None and step.kind != StepKind.END:
             unit = self._space.units[step.of]
-            if step.kind == Kind.WEIGHTS:
+            if step.kind == StepKind.WEIGHTS:
                 self._send_weights(unit)
-            elif step.kind == Kind.VECTOR:
+            elif step.kind == StepKind.VECTOR:
                 assert self.rows is not None
                 vector = torch.split(self.rows[step.row], self._space.numels)
                 self._gather(unit, [vector[position] for position in unit.selected])
-            elif step.kind in (Kind.GRADIENT, Kind.PRODUCT):
+            elif step.kind in (StepKind.GRADIENT, StepKind.PRODUCT):
                 nothing = [flat.new_zeros(self._space.shapes[position]) for position in unit.selected]
-                part = parts[0 if step.kind == Kind.GRADIENT else 1 + step.row]
+                part = parts[0 if step.kind == StepKind.GRADIENT else 1 + step.row]
                 for position, more in zip(unit.selected, self._add_up(unit, nothing), strict=True):
                     part[position].add_(more)
             else:
@@ -210,7 +210,7 @@ class Stream:
             return held
         if self._recent is None or self._recent[0] != index:
             self._recent = None  # before the next one comes
-            self.ranks.next_step(Step(Kind.WEIGHTS, index))
+            self.ranks.next_step(Step(StepKind.WEIGHTS, index))
             self._recent = (index, self._send_weights(self._space.units[index]))
             for i, tensor in enumerate(self._recent[1]):
                 reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
@@ -242,13 +242,13 @@ class Stream:
 
     def gather_vector(self, index: int, own: Sequence[Tensor]) -> list[Tensor]:
         """The whole of a row, for the second backward pass of a unit."""
-        self.ranks.next_step(Step(Kind.VECTOR, index, self._product or 0))
+        self.ranks.next_step(Step(StepKind.VECTOR, index, self._product or 0))
         return self._gather(self._space.units[index], own)
 
     def add_up(self, index: int, whole: Sequence[Tensor]) -> list[Tensor]:
         """This rank's part of the sum over the ranks of a unit's gradients."""
         product = self._product
-        self.ranks.next_step(Step(Kind.GRADIENT, index) if product is None else Step(Kind.PRODUCT, index, product))
+        self.ranks.next_step(Step(StepKind.GRADIENT, index) if product is None else Step(StepKind.PRODUCT, index, product))
         return self._add_up(self._space.units[index], whole)
 
     def _gather(self, unit: Unit, own: Sequence[Tensor]) -> list[Tensor]:
