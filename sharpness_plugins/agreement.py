@@ -34,16 +34,17 @@ def on_weights(space: ParameterSpace, ranks: Ranks) -> list[str]:
         return []
     with ranks.sharing("looking at the weights"):
         names = list(zip(space.names, map(tuple, space.shapes), strict=True))
-        own = [_sums(space.origin)] if space.layout.is_whole else []  # shards differ
-        weights = [*own, *(_sums(space.constant(name)) for name in space.constants)]
+        weights = [_sums(space.origin)] if space.layout.is_whole else []  # shards differ
+        weights += [*(_sums(space.constant(name)) for name in space.constants)]
         buffers = {name: _sums(buffer) for name, buffer in space.buffers.items()}
-    found = ranks.gather((names, weights, buffers))
+        replicas = {name: (place, _sums(held)) for name, (place, held) in space.replicas.items()}
+    found = ranks.gather((names, weights, buffers, replicas))
     if any(other[0] != names for other in found):
         raise RanksApartError(
             "the ranks perturb different parameters: their models or selections differ. Pass ranks='alone' to measure each "
             "model by itself."
         )
-    if any(other[1] != found[0][1] for other in found):
+    if any(other[1] != found[0][1] for other in found) or _differ([other[3] for other in found]):
         raise RanksApartError(
             "the ranks hold models with different weights. Pass ranks='alone' to measure each by itself; or bring rank 0's "
             "weights to all of them first, as DistributedDataParallel does."
@@ -100,6 +101,12 @@ def is_sum_of_pieces(evaluator: Evaluator, batch: Batch, count: int, seed: int, 
                 return False
         return True
     return False
+
+
+def _differ(replicas: list[dict[str, tuple[tuple[int, ...], tuple[float, float]]]]) -> bool:
+    """Whether two ranks hold other numbers in the same place."""
+    known: dict[tuple[str, tuple[int, ...]], tuple[float, float]] = {}
+    return any(known.setdefault((name, place), sums) != sums for told in replicas for name, (place, sums) in told.items())
 
 
 def _told(rule: LossRule) -> tuple[str, int | None, str | None]:

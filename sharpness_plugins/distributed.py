@@ -38,6 +38,7 @@ __all__ = [
     "local_part",
     "mean_over_ranks",
     "on_every_rank",
+    "place_of",
     "rank",
     "resolve_ranks",
     "shard_groups",
@@ -62,6 +63,8 @@ _CLOSING = "the end"
 _APART = 1e-4  # of the sum of magnitudes: points that differ by more are other points, not other rounding
 _OK, _FAILED, _LEFT, _FULL = 0.0, 1.0, 2.0, 3.0
 _STEP = "the next step"
+_SAME_EVALUATIONS = "What a metric evaluates may depend only on numbers that are the same on every rank."
+_SAME_MODULES = "Which modules of a sharded model compute, and in which order, must be the same for the data of every rank."
 
 
 def _is_running() -> bool:
@@ -127,6 +130,14 @@ def shard_groups(tensor: Tensor) -> tuple[Any, ...]:
     if any(placement.is_partial() for placement in placements):
         raise ValueError(f"a tensor is the sum of what its ranks hold ({placements}): redistribute it first")
     return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if placement.is_shard())
+
+
+def place_of(tensor: Tensor) -> tuple[int, ...]:
+    """Which of the pieces of a ``DTensor`` this rank holds; ranks with the same place hold the same. () of other tensors."""
+    if not is_spread(tensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    return tuple(at for at, placement in zip(mesh.get_coordinate(), placements, strict=True) if placement.is_shard())
 
 
 def sum_over_shards(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
@@ -348,6 +359,11 @@ class Ranks:
         """A small picklable value of every rank, in their order. Collective."""
         if self.is_alone:
             return [value]
+        with self.sharing("exchanging notes"):
+            pass  # a rank that has left is heard of here, and not waited for
+        return self._noted(value)
+
+    def _noted(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
         with self.in_one_piece(), self._exchange("exchanging notes"):
             torch.distributed.all_gather_object(found, value, group=self._group)
@@ -361,7 +377,8 @@ class Ranks:
         """What rank ``source`` has, where it can be pickled, and else this rank's own. Collective."""
         if self.is_alone:
             return value
-        box: list[bytes | None] = [_pickled(value) if self.rank == source else None]
+        with self.sharing("sending a result"):
+            box: list[bytes | None] = [_pickled(value) if self.rank == source else None]
         with self.in_one_piece(), self._exchange("sending a result"):
             torch.distributed.broadcast_object_list(box, src=self.members[source], group=self._group)
         return value if box[0] is None or self.rank == source else pickle.loads(box[0])
@@ -417,6 +434,10 @@ class Ranks:
             MemoryRanOut: of some rank.
             RemoteFailureError, RanksApartError, LostRankError: as ``sharing``.
         """
+        if self.is_alone:
+            if memory_ran_out:
+                raise MemoryRanOut
+            return step
         asks, flag = [0.0] if step is None else [1.0, *step], _FULL if memory_ran_out else _OK
         with self.in_one_piece():
             rows = self._rows(_STEP, 0, asks, (), None, flag=flag)
@@ -425,32 +446,40 @@ class Ranks:
         if together and bool((flags == _FULL).any()):
             raise MemoryRanOut
         if not together or bool(flags.any()) or bool((asked != asked[:1]).any()):
-            self._met = self._failure(self._told(f"asked for {'nothing' if step is None else step.name}", None))
+            told = self._told(f"asked for {'nothing' if step is None else step.name}", None)
+            self._met = self._failure(told, _SAME_MODULES)
             raise self._met
         if not len(asked):
             return None
         kind, of, row = map(int, asked[0, 1:].tolist())
         return Step(StepKind(kind), of, row)
 
-    def gathered(self, own: Tensor) -> Tensor:
-        """The vectors of all ranks, shape ``(n,)`` each on every rank, as rows ``(size, n)``. Collective."""
+    def gathered(self, own: Tensor, received: Tensor) -> None:
+        """Write the vectors of all ranks, shape ``(n,)`` each, one after the other into ``received``. Collective."""
         if self.is_alone:
-            return own[None]
-        sent = own.to(_device(self._group)) if _needs_cuda(self._group) else own
-        rows = sent.new_empty(self.size * len(own))  # flat: gloo takes no other
+            received.copy_(own)
+            return
+        on = self._device_for(own)
+        rows = received if received.device == on else received.to(on)
         with self.in_one_piece(), self._exchange("sending weights"):
-            _collective("all_gather_single", "all_gather_into_tensor")(rows, sent.contiguous(), group=self._group)
-        return rows.view(self.size, -1).to(own.device)
+            _collective("all_gather_single", "all_gather_into_tensor")(rows, own.to(on), group=self._group)
+        if rows is not received:
+            received.copy_(rows)
 
-    def scattered_sum(self, rows: Tensor) -> Tensor:
-        """This rank's row, shape ``(n,)``, of the sum of what all ranks have, shape ``(size, n)`` each. Collective."""
+    def scattered_sum(self, rows: Tensor, own: Tensor) -> None:
+        """Write this rank's part, shape ``(n,)``, of the sum of what all ranks have, ``(size * n,)`` each. Collective."""
         if self.is_alone:
-            return rows[0]
-        sent = rows.to(_device(self._group)) if _needs_cuda(self._group) else rows
-        own = sent.new_empty(rows.shape[1])
+            own.copy_(rows)
+            return
+        on = self._device_for(rows)
+        part = own if own.device == on else own.to(on)
         with self.in_one_piece(), self._exchange("adding up shards"):
-            _collective("reduce_scatter_single", "reduce_scatter_tensor")(own, sent.reshape(-1), group=self._group)
-        return own.to(rows.device)
+            _collective("reduce_scatter_single", "reduce_scatter_tensor")(part, rows.to(on), group=self._group)
+        if part is not own:
+            own.copy_(part)
+
+    def _device_for(self, tensor: Tensor) -> torch.device:
+        return _device(self._group) if _needs_cuda(self._group) else tensor.device
 
     @contextlib.contextmanager
     def in_one_piece(self) -> Iterator[None]:
@@ -557,11 +586,15 @@ class Ranks:
         second_hand = isinstance(error, (RemoteFailureError, RanksApartError))
         text = None if error is None else str(error) if second_hand else _named(error)
         leaves = error is not None and not isinstance(error, Exception)
-        found: list[_Told] = self.gather(_Told(doing, text, leaves, second_hand))
+        found: list[_Told] = self._noted(_Told(doing, text, leaves, second_hand))
         return found
 
-    def _failure(self, told: list[_Told]) -> Exception:
-        """The same on every rank."""
+    def _failure(self, told: list[_Told], advice: str = _SAME_EVALUATIONS) -> Exception:
+        """The same on every rank.
+
+        Args:
+            advice: where nobody failed, and they only went different ways.
+        """
         named = list(zip(self.members, told, strict=True))
         for r, other in named:
             if other.leaves:
@@ -575,8 +608,7 @@ class Ranks:
         if heard:
             return RemoteFailureError(heard[0])
         return RanksApartError(
-            f"the ranks went different ways: {'; '.join(f'rank {r} {other.doing}' for r, other in named)}. "
-            "What a metric evaluates may depend only on numbers that are the same on every rank."
+            f"the ranks went different ways: {'; '.join(f'rank {r} {other.doing}' for r, other in named)}. {advice}"
         )
 
 

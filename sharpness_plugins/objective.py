@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -183,16 +182,17 @@ class Objective:
                     seed=seed,
                 )
             self._own_notes += agreement.on_weights(self.space, self.ranks)
-            self._agree_on_what_is_held()
             with self.session():
                 if not self.ranks.is_alone:
                     self._source.share_out(self.ranks, share_of)
                 self._source.load()
                 self.memory.hold("batches", self._source.num_bytes)
+                self._hold_gathered_weights()
                 self._value_needs_grad = False
                 with self.ranks.sharing("finding the loss"):
                     rule = self._resolve_loss(loss_fn, criterion, plugin_rule)
                 self._evaluator.rule = agreement.on_rule(rule, self.ranks)
+                self._evaluator.draws = any(self.ranks.gather(self._evaluator.draws))
                 self._keep_whole_where_pieces_differ()
                 self._weightless: set[int] = set()  # batches without weight: the first pass tells
                 try:
@@ -520,11 +520,13 @@ class Objective:
         stream = Stream(self.space, self.ranks)
         return StreamedEvaluator(self.module, self.space, self._seed, stream), InStep(self.ranks)
 
-    def _agree_on_what_is_held(self) -> None:
-        """Of gathered weights, half of what is left may wait for the backward pass."""
+    def _hold_gathered_weights(self) -> None:
+        """A quarter of what is left may go to gathered weights that wait for the backward pass."""
         if isinstance(self._evaluator, StreamedEvaluator):
-            left = min(self.ranks.gather(self.memory.left))
-            self._evaluator.stream.hold_bytes = 2**62 if left == math.inf else int(left) // 2
+            weights = self.space.num_parameters * self.origin.element_size()
+            share = int(min(*self.ranks.gather(self.memory.left / 4), weights))
+            self.memory.hold("gathered weights", share)
+            self._evaluator.stream.hold_bytes = share
 
     def _same(self, where: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Of the vectors that an evaluation depends on, those that ought to be the same on every rank."""

@@ -85,17 +85,17 @@ class InStep(Rounds):
 
     def _take_smaller(self, parts: MicroBatches, part: Part | None, error: Exception | None) -> None:
         """All ranks halve what they take at once, or fail where one of them cannot."""
-        cause = None
-        if error is not None and part is not None:
+        if error is not None:
             with contextlib.suppress(MemoryRanOut):
                 self._ranks.next_step(None, memory_ran_out=True)
-            cause = parts.cannot_halve(part.batch)
         size = 0 if part is None else part.batch.num_samples or 0
-        told = self._ranks.gather((size, f"{error} {cause}" if cause else ""))
-        for rank, (_, text) in enumerate(told):
-            if text and error is not None and cause:
-                raise type(error)(f"{error} {cause}") from error
-            if text:
-                raise RemoteFailureError(f"rank {rank} failed: {text}")
-        parts.size = max(size for size, _ in told) // 2
+        cause = None if part is None else parts.cannot_halve(part.batch)
+        told = self._ranks.gather((size, None if error is None else f"{type(error).__name__}: {error}", cause))
+        failed = [(rank, text) for rank, (_, text, _) in zip(self._ranks.members, told, strict=True) if text is not None]
+        causes = [cause for size, text, cause in told if cause and (text is not None or size)]
+        if causes:
+            if error is not None:
+                raise type(error)(f"{error} {causes[0]}") from error
+            raise RemoteFailureError(f"rank {failed[0][0]} failed: {failed[0][1]} {causes[0]}")
+        parts.size = max(size for size, _, _ in told) // 2
         collect_garbage()

@@ -17,6 +17,7 @@ __all__ = [
     "check_gathered",
     "check_supported",
     "fits_gathered",
+    "forward_methods",
     "is_fully_sharded",
     "is_fully_sharded_itself",
     "reshard",
@@ -116,6 +117,13 @@ def _bytes(parameter: Tensor) -> int:
     return parameter.numel() * max(parameter.element_size(), 4)
 
 
+def forward_methods(module: nn.Module) -> list[str]:
+    """Names of methods that ``register_fsdp_forward_method`` has made gather the weights."""
+    if not is_fully_sharded_itself(module):
+        return []
+    return [name for name, value in vars(module).items() if _is_wrapped(value)]
+
+
 @contextlib.contextmanager
 def without_sharding(modules: Iterable[nn.Module]) -> Iterator[None]:
     """The modules without the hooks of ``fully_shard``, which would put its own weights in the place of others.
@@ -126,8 +134,12 @@ def without_sharding(modules: Iterable[nn.Module]) -> Iterator[None]:
         RuntimeError: this version of torch does it in another way.
     """
     tables: list[tuple[Any, dict[Any, Any]]] = []
+    methods: list[tuple[nn.Module, str, Any]] = []
     try:
         for module in modules:
+            for name in forward_methods(module):
+                methods.append((module, name, vars(module)[name]))
+                del vars(module)[name]
             if not is_fully_sharded_itself(module) and not any(
                 _is_of_sharding(hook) for hook in module._forward_hooks.values()
             ):
@@ -146,11 +158,18 @@ def without_sharding(modules: Iterable[nn.Module]) -> Iterator[None]:
         for table, before in tables:
             table.clear()
             table.update(before)
+        for module, name, method in methods:
+            vars(module)[name] = method
 
 
 def is_fully_sharded_itself(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was applied to the module."""
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def _is_wrapped(value: Any) -> bool:
+    code = getattr(getattr(value, "__func__", None), "__code__", None)
+    return code is not None and code.co_name == "wrapped_method" and "fsdp" in code.co_filename
 
 
 def _is_of_sharding(hook: Any) -> bool:

@@ -22,12 +22,14 @@ class Slot(NamedTuple):
     module: nn.Module
     attribute: str
     name: str  # of the parameter: the first of its names
+    parameter: nn.Parameter
 
 
 class Unit(NamedTuple):
     """A module whose parameters are gathered together: those of its own and of what is inside of it, other units left out.
 
     Attributes:
+        slots: where they are looked up.
         selected: positions of perturbed parameters in the space.
         constants: names of the others that lie in shards.
     """
@@ -47,6 +49,8 @@ class ShardedSpace(ParameterSpace):
     Args:
         ranks: those that the parameters are spread over.
     Attributes:
+        replicas: of each selected parameter what the model holds of it here, and where that lies among the shards: those of
+            the same place must be the same on every rank.
         own_constants: shards of the spread parameters that are not selected, by name.
     """
 
@@ -56,10 +60,15 @@ class ShardedSpace(ParameterSpace):
         self._constant_shapes: dict[str, torch.Size] = {}
         super().__init__(model, select, device=device)
         self.units = self._units(model)
+        self.replicas = self._replicas(model)
 
     def width(self, numel: int) -> int:
         """Entries of a parameter of so many on the ranks that have most of it."""
         return -(-numel // self._ranks.size)
+
+    def whole_constants(self) -> list[Tensor]:
+        """Of the constants that lie in shards, tensors of their whole shapes and of their dtypes, without numbers."""
+        return [own.new_empty(self._constant_shapes[name], device="meta") for name, own in self.own_constants.items()]
 
     def shape_of(self, name: str) -> torch.Size:
         """Of a whole constant that lies in shards."""
@@ -101,6 +110,13 @@ class ShardedSpace(ParameterSpace):
                 self._constant_shapes[name] = parameter.shape
         return super()._hold({name: p for name, p in constants.items() if name not in self.own_constants})
 
+    def _replicas(self, model: nn.Module) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+        chosen, found = set(self.names), {}
+        for name, parameter in model.named_parameters():
+            if name in chosen:
+                found[name] = (distributed.place_of(parameter), distributed.local_part(parameter).detach())
+        return found
+
     def _units(self, model: nn.Module) -> list[Unit]:
         """The model itself first, then the modules that ``fully_shard`` was applied to."""
         positions = {name: position for position, name in enumerate(self.names)}
@@ -112,8 +128,9 @@ class ShardedSpace(ParameterSpace):
             mine = slots.setdefault(unit, [])
             for attribute, parameter in module._parameters.items():
                 if parameter is not None:
-                    slot = Slot(module, attribute, self._first_names[f"{prefix}{attribute}"])
-                    if slot not in mine and (slot.name in positions or slot.name in self.own_constants):
+                    slot = Slot(module, attribute, self._first_names[f"{prefix}{attribute}"], parameter)
+                    known = any(other.module is module and other.attribute == attribute for other in mine)
+                    if not known and (slot.name in positions or slot.name in self.own_constants):
                         mine.append(slot)
             for name, child in module._modules.items():
                 if child is not None:

@@ -347,7 +347,15 @@ def _hashed(tree: Any, *more: str) -> str:
             if leaf.layout is not torch.strided:
                 continue
             found.update(repr((leaf.dtype, tuple(leaf.shape))).encode())
-            found.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            found.update(
+                leaf.detach()
+                .cpu()
+                .reshape(-1)
+                .clone(memory_format=torch.contiguous_format)
+                .view(torch.uint8)
+                .numpy()
+                .tobytes()
+            )
         elif isinstance(leaf, np.ndarray):
             found.update(leaf.tobytes())
         elif isinstance(leaf, (str, bytes, int, float)):

@@ -42,6 +42,7 @@ class ParameterSpace:
         numels: how many of the scalars of each parameter lie here.
         layout: how vectors of the space lie; where they lie in shards, ``(dim,)`` stands for this rank's shard.
         origin: the trained values, shape ``(dim,)``; a copy.
+        replicas: what the model holds here of parameters that lie in shards, and where: see ``ShardedSpace``.
         has_half: whether some parameter or buffer was half precision.
     Raises:
         ValueError: nothing is left to select; a parameter is complex, uninitialized or on the meta device.
@@ -82,6 +83,7 @@ class ParameterSpace:
         self.has_half = any(tensor.dtype in _HALF for tensor in everything)
         self._constants = self._hold({names[0]: p for p, names in aliases.items() if p not in chosen})
         self._buffers = {name: self._constant(buffer) for name, buffer in model.named_buffers()}
+        self.replicas: Mapping[str, tuple[tuple[int, ...], Tensor]] = {}
         self._first_names = {name: names[0] for names in aliases.values() for name in names}
 
     def _lay_out(self, numels: list[int]) -> tuple[Layout, list[int]]:
@@ -130,7 +132,7 @@ class ParameterSpace:
         for name, tensor in {"": self.origin, **self._constants, **self._buffers}.items():
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             if tensor.numel() and tensor.layout is torch.strided:
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                flat = tensor.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
                 found.update(flat.view(torch.uint8).numpy().data)
         return found.hexdigest()
 

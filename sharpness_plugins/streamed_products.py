@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import sampling
-from .errors import LostRankError, MeasurementStopped, SecondDerivativeError
+from .errors import LostRankError, MeasurementStopped, RanksApartError, SecondDerivativeError
 from .evaluation import CutOffError, WeightlessError, gradient_of
 from .hvp import ASYMMETRY, DIFFERENCES, DISAGREEMENT, FRESH, HVP_MODES, KINK, STEP, short
 from .layout import Layout
@@ -172,10 +172,10 @@ class StreamedProducts:
             try:
                 with self._stream.ranks.sharing("trying second derivatives"):
                     return self._judged(total, data)
-            except (LostRankError, MeasurementStopped, CutOffError, SecondDerivativeError):
+            except (LostRankError, RanksApartError, MeasurementStopped, CutOffError, SecondDerivativeError):
                 raise
             except Exception as error:
-                cause = short(error)
+                cause = cause or short(error)
         if self._asked == FRESH:
             raise SecondDerivativeError(f"{FRESH} does not work on this model: {cause}")
         return self._without_kinks(total, f"; {FRESH} does not work: {cause}")
