@@ -92,8 +92,8 @@ def watch(stream: Any, peak: list[int]) -> None:
     """The most bytes of gathered weights and vectors that live when another unit's come."""
     gather, live = type(stream)._gather.__get__(stream), []
 
-    def watched(unit: Any, shards: Any) -> list[Tensor]:
-        whole: list[Tensor] = gather(unit, shards)
+    def watched(unit: Any, shards: Any, step: Any) -> list[Tensor]:
+        whole: list[Tensor] = gather(unit, shards, step)
         live[:] = [(size, storage) for size, storage in live if not storage.expired()]
         live.extend((t.untyped_storage().nbytes(), StorageWeakRef(t.untyped_storage())) for t in whole)
         peak[0] = max(peak[0], sum(size for size, _ in live))

@@ -374,7 +374,7 @@ class _Absent:
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         absent = [leaf for leaf in leaves_of((args, kwargs or {})) if isinstance(leaf, cls)]
-        raise TypeError(absent[0]._refusal() if absent else f"a sharded weight is not here for {function}")
+        raise RuntimeError(absent[0]._refusal() if absent else f"a sharded weight is not here for {function}")
 
     def _refusal(self) -> str:
         return (

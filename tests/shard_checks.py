@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -81,6 +81,39 @@ class Recurrent(nn.Module):
         return self.head(self.cells(x[..., None])[0][:, -1])
 
 
+class Views(nn.Module):
+    """Uses its weights as complex numbers, negated, and inside of ``no_grad``; a method beside ``forward`` computes, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale, self.shift = nn.Linear(5, 6), nn.Parameter(torch.rand(4, 2)), nn.Parameter(torch.rand(6, 2))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad(), torch.enable_grad():
+            return self.head(torch.tanh(self.features(x)))  # type: ignore[no-any-return]
+
+    def features(self, x: Tensor) -> Tensor:
+        waves = torch.fft.rfft(self.first(x)) * torch.view_as_complex(self.scale)
+        return torch.fft.irfft(waves, n=6) * torch.view_as_complex(self.shift).conj().imag
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.views = nn.Linear(5, 5), Views()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        return self.views(x) + self.views.features(x).sum(dim=1, keepdim=True)  # type: ignore[no-any-return]
+
+
+def shard_views(model: Outer) -> nn.Module:
+    fully_shard(model.views)
+    register_fsdp_forward_method(model.views, "features")
+    return fully_shard(model)
+
+
 def _residual(**settings: Any) -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), Residual(6, **settings), Residual(6), nn.Linear(6, 3))
 
@@ -140,6 +173,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], nn.Module]]] = 
     "tied transformer": (Tokens, shard),
     "recurrent": (Recurrent, shard),
     "convolutional": (_convolutional, shard),
+    "views and methods": (Outer, shard_views),
     "bfloat16 policy": (_residual, lambda model: shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))),
 }
 
@@ -298,6 +332,28 @@ def check_out_of_memory(rank: int, world_size: int) -> dict[str, Any]:
     return found
 
 
+def check_out_of_memory_while_lending(rank: int, world_size: int) -> dict[str, Any]:
+    """Of the rank that has no data; in parts of one sample, once in vain."""
+    objective = in_shards(sharded("blocks"), own_part(rank, world_size), criterion=rank_checks.CRITERION)
+    stream, found = objective._evaluator.stream, {}  # type: ignore[attr-defined]
+    lend, left = stream.lend, [0]
+
+    def lending(flat: Tensor) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("out of memory, by a test")
+        return lend(flat)
+
+    stream.lend = lending
+    for times in (2, 20):
+        left[0] = times
+        found[str(times)] = raised(objective.value_and_grad)
+        left[0] = 0
+        found[f"{times}, then"] = objective.value_and_grad()[0] - objective.loss
+        found.setdefault("notes", objective.notes)
+    return found
+
+
 def _uncountable(model: nn.Module, batch: Any) -> Tensor:
     if len(batch[0]) < 45:
         raise torch.OutOfMemoryError("out of memory, by a test")
@@ -401,6 +457,48 @@ def check_different_ways(rank: int, world_size: int) -> str:
     return raised(lambda: in_shards(model, [(inputs[rank::world_size], targets[rank::world_size])]))
 
 
+def penalized(model: nn.Module, batch: Any) -> Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[1]) + sum(0.1 * p.square().sum() for p in model.parameters())
+
+
+class Writing(nn.Module):
+    """Changes a weight before it uses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.head.weight.mul_(2)
+        return self.head(torch.tanh(self.inner(x)))  # type: ignore[no-any-return]
+
+
+def check_refusals(rank: int, world_size: int) -> dict[str, str]:
+    different = plain("blocks")
+    with torch.no_grad():
+        different[0].bias += 0.1 * rank  # type: ignore[index,operator]
+    return {
+        "penalty": raised(lambda: in_shards(sharded("blocks"), whole(45), loss_fn=penalized)),
+        "writing": raised(lambda: in_shards(fully_shard(Writing().double()), whole(45))),
+        "different": raised(lambda: in_shards(shard_one(different), whole(45))),  # type: ignore[arg-type]
+    }
+
+
+def check_ranks_of_their_own(rank: int, world_size: int) -> list[Any]:
+    """Each rank alone, with a model that is sharded over itself, and data of its own."""
+    mesh = init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("models", "shards"))
+    model, (inputs, targets) = shard(plain("blocks"), mesh=mesh["shards"]), rank_checks.data()
+    rows = slice(30 * rank, 30 * rank + 30)
+    found = []
+    for ranks in ("alone", mesh["shards"]):
+        # of one rank the shards are all there is, and fewer parameters make room for them
+        objective = in_shards(model, [(inputs[rows], targets[rows])], ranks=ranks, select="3.*")
+        v = torch.linspace(-1, 1, objective.dim, dtype=F64)
+        found += [[objective.loss, objective.value_and_grad()[1].tolist(), objective.hvp(v).tolist()]]
+    return found
+
+
 # ---------------------------------------------------------------------- second derivatives
 
 
@@ -491,8 +589,8 @@ def check_memory(rank: int, world_size: int) -> dict[str, Any]:
     stream = objective._evaluator.stream  # type: ignore[attr-defined]
     gather, live, peak = stream._gather, {}, [0]
 
-    def watched(unit: Any, shards: Any) -> list[Tensor]:
-        found: list[Tensor] = gather(unit, shards)
+    def watched(unit: Any, shards: Any, step: Any) -> list[Tensor]:
+        found: list[Tensor] = gather(unit, shards, step)
         for tensor in found:
             storage = tensor.untyped_storage()
             key = id(storage)

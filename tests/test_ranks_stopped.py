@@ -245,7 +245,7 @@ def test_what_a_rank_evaluates_by_itself_stays_its_own(told):
     assert all(answer["same"] for answer in of(told, 2, "what_one_rank_evaluates_by_itself"))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [4])
 def test_real_kills_of_all_ranks_and_of_one(tmp_path, size):
     """By SIGKILL: the file is whole, the others end, and the next life goes on."""
     processes, folder = start_one(tmp_path, size, "lived")

@@ -104,6 +104,33 @@ def test_memory_that_runs_out_on_one_rank_halves_the_parts_of_all(told):
         assert "(A single sample does not fit." in answer["no way"]
 
 
+def test_memory_that_runs_out_on_a_rank_without_data(told):
+    for answer in of(told, 2, "out_of_memory_while_lending"):
+        assert answer["2"] == "nothing"
+        assert "memory ran out, and batches were evaluated in parts of 11 samples or fewer" in answer["notes"]
+        assert "out of memory, by a test (A single sample does not fit." in answer["20"]
+        assert abs(answer["2, then"]) < 1e-14
+        assert abs(answer["20, then"]) < 1e-14
+
+
+def test_what_would_be_another_function_in_shards_is_refused_by_name(told):
+    for answer in of(told, 2, "refusals"):
+        assert "the weight '2.first.weight' lies in shards, and is read outside of the forward pass" in answer["penalty"]
+        assert "the model writes to its weight 'head.weight' while it computes" in answer["writing"]
+        assert answer["different"].startswith("RanksApartError: the ranks hold models with different weights")
+
+
+def test_a_rank_that_is_alone_with_its_model_talks_to_nobody(told):
+    for rank, answer in enumerate(of(told, 2, "ranks_of_their_own")):
+        inputs, targets = (tensor[30 * rank : 30 * rank + 30] for tensor in rank_checks.data())
+        alone = Objective(shard_checks.plain("blocks"), [(inputs, targets)], select="3.*")
+        product = alone.hvp(torch.linspace(-1, 1, alone.dim, dtype=F64))
+        for loss, gradient, along in answer:
+            close(loss, alone.loss)
+            close(gradient, alone.value_and_grad()[1].tolist())
+            close(along, product.tolist())
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("how", ["forward", "backward"])
 @pytest.mark.parametrize("work", ["gradient", "product"])
