@@ -91,9 +91,12 @@ class Views(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad(), torch.enable_grad():
-            return self.head(torch.tanh(self.features(x)))  # type: ignore[no-any-return]
+            return self.head(torch.tanh(self._waved(x)))  # type: ignore[no-any-return]
 
     def features(self, x: Tensor) -> Tensor:
+        return self._waved(x)
+
+    def _waved(self, x: Tensor) -> Tensor:
         waves = torch.fft.rfft(self.first(x)) * torch.view_as_complex(self.scale)
         return torch.fft.irfft(waves, n=6) * torch.view_as_complex(self.shift).conj().imag
 
@@ -277,6 +280,17 @@ def check_evaluations(rank: int, world_size: int) -> dict[str, Any]:
 
 BY_DIFFERENCES = ("blocks", "frozen", "tied transformer")
 LOADERS = ("one batch", "a shuffled loader", "a padded sampler")
+
+
+def check_methods_of_gathered_weights(rank: int, world_size: int) -> dict[str, Any]:
+    """Of a model that was trained on before, whose registered method is there afterwards."""
+    model = sharded("views and methods")
+    method = vars(model.views)["features"]
+    inputs, targets = rank_checks.data()
+    functional.cross_entropy(model(inputs), targets).backward()
+    objective = Objective(model, own_part(rank, world_size), criterion=rank_checks.CRITERION)
+    assert objective.layout.is_whole
+    return evaluated(objective) | {"is there": vars(model.views)["features"] is method}
 
 
 def check_other_loaders(rank: int, world_size: int) -> dict[str, Any]:

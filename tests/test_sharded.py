@@ -74,6 +74,13 @@ def test_everything_on_shards_is_what_one_process_finds(told, size, name):
             assert found["check"].startswith("uᵀHv = vᵀHu, and central differences of the gradient agree to ")
 
 
+def test_methods_that_gather_weights_do_not_in_a_measurement_of_gathered_ones(told):
+    alone = Objective(shard_checks.plain("views and methods"), rank_checks.whole(), criterion=rank_checks.CRITERION)
+    for answer in of(told, 2, "methods_of_gathered_weights"):
+        same(answer, shard_checks.evaluated(alone))
+        assert answer["is there"]
+
+
 @pytest.mark.parametrize("loader", shard_checks.LOADERS)
 def test_selected_parameters_and_any_loader(told, loader):
     alone = Objective(
