@@ -46,7 +46,7 @@ class StreamedProducts:
     one unit's gathered weights and of what autograd saves beside weights. The probe takes it where ``uᵀHv`` equals ``vᵀHu``
     and differences of gradients do not tell that an operation has a wrong second derivative. Where it does not exist, or not
     even one sample fits in memory, central differences of the gradient, four passes forward and back in two points, if two
-    steps agree: then what they differ by is the error estimate, relative to the product, looked at again after 2, 4, 8, ...
+    steps agree: then what they differ by is the error estimate, relative to the product, looked at again after 1, 2, 4, ...
     products. Kinks (ReLU, max pooling) make them differ, and are refused.
 
     Args:
