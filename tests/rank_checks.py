@@ -701,3 +701,31 @@ def start(
 
 def results(folder: Path, world_size: int) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def found_by(
+    folder: Path, names: dict[int, list[str]], *, checks: str = "rank_checks", timeout: float = 60.0, patience: float
+) -> dict[int, list[dict[str, Any]]]:
+    """What each rank found in its checks, by the number of ranks.
+
+    Args:
+        names: of the checks, by the number of ranks.
+        timeout: of the group, in seconds.
+        patience: how long each of the processes may take, in seconds.
+    """
+    found = {}
+    for size, chosen in names.items():
+        processes = start(size, folder / str(size), chosen, timeout=timeout, checks=checks)
+        for process in processes:
+            process.join(timeout=patience)
+        assert [process.exitcode for process in processes] == [0] * size
+        found[size] = results(folder / str(size), size)
+    return found
+
+
+def of(told: dict[int, list[dict[str, Any]]], size: int, name: str) -> list[Any]:
+    """What the ranks found in one check, which must not have failed."""
+    answers = [rank[name] for rank in told[size]]
+    for answer in answers:
+        assert not (isinstance(answer, dict) and "error" in answer), answer["error"]
+    return answers

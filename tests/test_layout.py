@@ -5,7 +5,6 @@ Groups of gloo processes run the checks of ``layout_checks``; the oracle is the 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -15,6 +14,7 @@ from torch import Tensor
 import layout_checks
 import rank_checks
 import shard_checks
+from rank_checks import of
 from sharpness_plugins import MetricResult, PluginWarning, measure_sharpness, metric
 from sharpness_plugins import measure as measure_module
 from sharpness_plugins.distributed import Ranks
@@ -34,23 +34,11 @@ Found = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
     """What each rank found, by the number of ranks."""
-    found = {}
-    for size in SIZES:
-        folder: Path = tmp_path_factory.mktemp("layout") / str(size)
-        names = [name for name in layout_checks.CHECKS if name != "real" or (SHARDS_ON_CPU and size == 2)]
-        processes = rank_checks.start(size, folder, names, checks="layout_checks", timeout=100)
-        for process in processes:
-            process.join(timeout=240)
-        assert [process.exitcode for process in processes] == [0] * size
-        found[size] = rank_checks.results(folder, size)
-    return found
-
-
-def of(told: dict[int, Found], size: int, name: str) -> list[Any]:
-    answers = [rank[name] for rank in told[size]]
-    for answer in answers:
-        assert "error" not in answer, answer["error"]
-    return answers
+    names = {
+        size: [name for name in layout_checks.CHECKS if name != "real" or (SHARDS_ON_CPU and size == 2)] for size in SIZES
+    }
+    folder = tmp_path_factory.mktemp("layout")
+    return rank_checks.found_by(folder, names, checks="layout_checks", timeout=100, patience=240)
 
 
 def far_apart(found: Any, limit: float, path: str = "") -> dict[str, float]:

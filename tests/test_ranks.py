@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import rank_checks
+from rank_checks import of
 from sharpness_plugins import measure_sharpness
 from sharpness_plugins.distributed import Ranks
 from sharpness_plugins.krylov import LanczosRequest
@@ -44,22 +45,8 @@ Found = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
     """What each rank found, by the number of ranks."""
-    found = {}
-    for size, names in ((2, list(rank_checks.CHECKS)), (4, list(ON_FOUR))):
-        folder = tmp_path_factory.mktemp("ranks") / str(size)
-        processes = rank_checks.start(size, folder, names)
-        for process in processes:
-            process.join(timeout=240)
-        assert [process.exitcode for process in processes] == [0] * size
-        found[size] = rank_checks.results(folder, size)
-    return found
-
-
-def of(told: dict[int, Found], size: int, name: str) -> list[Any]:
-    answers = [rank[name] for rank in told[size]]
-    for answer in answers:
-        assert not (isinstance(answer, dict) and "error" in answer), answer["error"]
-    return answers
+    names = {2: list(rank_checks.CHECKS), 4: list(ON_FOUR)}
+    return rank_checks.found_by(tmp_path_factory.mktemp("ranks"), names, patience=240)
 
 
 def close(found: Any, expected: Any) -> None:

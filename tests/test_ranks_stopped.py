@@ -17,7 +17,7 @@ import torch
 
 import rank_checks
 import stop_checks
-from rank_checks import network, whole
+from rank_checks import network, of, whole
 from sharpness_plugins import measure_sharpness
 from sharpness_plugins.objective import Objective
 from stop_checks import PRODUCTS
@@ -31,22 +31,8 @@ Found = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
     """What each rank found, by the number of ranks."""
-    found = {}
-    for size, names in ((2, stop_checks.IN_PROCESS), (4, ON_FOUR)):
-        folder = tmp_path_factory.mktemp("stopped") / str(size)
-        processes = rank_checks.start(size, folder, names, checks="stop_checks")
-        for process in processes:
-            process.join(timeout=400)
-        assert [process.exitcode for process in processes] == [0] * size
-        found[size] = rank_checks.results(folder, size)
-    return found
-
-
-def of(told: dict[int, Found], size: int, name: str) -> list[Any]:
-    answers = [rank[name] for rank in told[size]]
-    for answer in answers:
-        assert not (isinstance(answer, dict) and "error" in answer), answer["error"]
-    return answers
+    names = {2: stop_checks.IN_PROCESS, 4: ON_FOUR}
+    return rank_checks.found_by(tmp_path_factory.mktemp("stopped"), names, checks="stop_checks", patience=400)
 
 
 # ---------------------------------------------------------------------- Ctrl-C

@@ -13,7 +13,7 @@ import torch
 
 import rank_checks
 import shard_checks
-from rank_checks import F64
+from rank_checks import F64, of
 from sharpness_plugins.objective import Objective
 
 pytestmark = pytest.mark.skipif(
@@ -30,22 +30,8 @@ Found = dict[int, list[dict[str, Any]]]
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What each rank found, by the number of ranks."""
-    found = {}
-    for size, names in ((2, [name for name in shard_checks.CHECKS if name != "death"]), (4, ON_FOUR)):
-        folder = tmp_path_factory.mktemp("shards") / str(size)
-        processes = rank_checks.start(size, folder, names, checks="shard_checks", timeout=100)
-        for process in processes:
-            process.join(timeout=300)
-        assert [process.exitcode for process in processes] == [0] * size
-        found[size] = rank_checks.results(folder, size)
-    return found
-
-
-def of(told: Found, size: int, name: str) -> list[Any]:
-    answers = [rank[name] for rank in told[size]]
-    for answer in answers:
-        assert not (isinstance(answer, dict) and "error" in answer and len(answer) == 1), answer["error"]
-    return answers
+    names = {2: [name for name in shard_checks.CHECKS if name != "death"], 4: ON_FOUR}
+    return rank_checks.found_by(tmp_path_factory.mktemp("shards"), names, checks="shard_checks", timeout=100, patience=300)
 
 
 def close(found: Any, expected: Any, *, rtol: float = 1e-10) -> None:
